@@ -1,0 +1,1 @@
+"""Evaluation of a finished run: reads a run folder, nothing else. Imported as `vlm.eval`."""

@@ -1,0 +1,2 @@
+from vlm.compat import cure_torchvision
+cure_torchvision()

@@ -1,0 +1,78 @@
+"""The contract of a connector: what turns the encoder's features into tokens of the decoder's width. Connectors chain through `then`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from vlm.initial import draw
+from vlm.features import SUMMARY, Features, Layouts, Level, TokenLayout
+
+__all__ = ["Connector", "ConnectorSpec", "Link"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a connector is built on: the streams and levels of an encoder, or the output of the connector before.
+
+    widths: stream -> token width. levels: stream -> number of blocks (0 behind another connector). out: the decoder's width for the last link of a chain, else None.
+    """
+
+    widths: Mapping[str, int]
+    levels: Mapping[str, int]
+    out: int | None
+
+
+class Connector(nn.Module):
+    """What `ConnectorSpec.build` returns."""
+
+    def forward(self, features: Features) -> Features:
+        """Features of the encoder or of the link before -> one stream of one level, packed (N, D)."""
+        raise NotImplementedError
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameter groups by path below `connector.NAME`; "" holds what has no name of its own."""
+        return {"": list(self.parameters())}
+
+    def unused(self) -> list[nn.Parameter]:
+        """Parameters kept for a checkpoint's sake, which no gradient reaches."""
+        return []
+
+    def initialise(self, encoder: nn.Module) -> None:
+        """First values, drawn or copied from the encoder. Called once, with all parameters of both gathered.
+
+        The default draws.
+        """
+        draw(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorSpec:
+    """Configuration of one connector.
+
+    level: which hidden state of the tower is read. stream: which stream, None for the only one. then: the next link of the chain.
+    """
+
+    use: ClassVar[str]
+    level: Level = -2
+    stream: str | None = None
+    official: bool = False
+    then: Any = None
+
+    def reads(self, link: Link) -> Mapping[str, Sequence[Level]]:
+        """Levels by stream that `forward` reads of the encoder (first link only)."""
+        return {self.stream or next(iter(link.widths)): (self.level,)}
+
+    def width(self, link: Link) -> int:
+        """Width of the tokens that come out."""
+        raise NotImplementedError
+
+    def layout(self, layouts: Layouts) -> TokenLayout:
+        """Tokens of a picture after this connector; the default drops the summary tokens."""
+        layout = layouts[self.stream] if self.stream else next(iter(layouts.values()))
+        return layout.without(SUMMARY)
+
+    def build(self, encoder: Any, link: Link) -> Connector:
+        """The module: structure only. encoder: the encoder's Spec."""
+        raise NotImplementedError

@@ -1,0 +1,7 @@
+"""Samples, readers (one file each), the mixture, collation, and the generator of scenes. Knows Specs, never modules."""
+
+from vlm.registry import Registry
+
+NOT_PARTS = ("sample", "mixture", "collate", "scenes", "convert", "loader")
+readers = Registry("reader", __name__)
+register = readers.register

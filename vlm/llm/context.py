@@ -1,0 +1,101 @@
+"""Facts of the tokens of one call, and how they become visible inside the decoder. The only maker of attention masks.
+
+transformers checkpoints a decoder layer CLASS's forward: only what happens inside of it is seen again by the recomputation. So the context travels as a keyword of `model.forward` to the
+adapted layer (layer.py), whose forward, and nothing else, shows it to inner modules through a `Scope`.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["TEXT", "VISION", "Keys", "Scope", "TokenContext"]
+
+TEXT, VISION = 0, 1
+
+
+class Scope(threading.local):
+    """What the layer that is running now sees. One per decoder, referenced by every adapted inner module."""
+
+    context: "TokenContext | None" = None
+
+    @contextmanager
+    def use(self, context: "TokenContext | None") -> Iterator[None]:
+        before, self.context = self.context, context
+        try:  # finally: non-reentrant checkpointing leaves the recomputed layer by an exception (early stop)
+            yield
+        finally:
+            self.context = before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Scope":
+        return self  # a copied module looks at the same scope as its original
+
+    def __reduce__(self) -> tuple[type["Scope"], tuple[()]]:
+        return Scope, ()
+
+
+@dataclass(eq=False)
+class Keys:
+    """Facts of all keys of a row, cached tokens first: (B, P + S) each."""
+
+    document: Tensor
+    branch: Tensor
+    position: Tensor
+
+
+@dataclass(eq=False)
+class TokenContext:
+    """Facts of the tokens of one call, (B, S) int64 each.
+
+    type: TEXT or VISION. document: which document of the micro-batch a token belongs to, -1 = padding. picture: which picture of the micro-batch, -1 = none.
+    branch: 0 is the trunk of a document; tokens of a branch see the trunk and their own branch only (independent questions about one picture). order: index in the row's key table.
+    position: original position in the document. plain: every row is one document without branches and without past, padded on the right or not at all, so that is_causal serves. has_vision: known on the host.
+    additive: eager attention adds its mask, so it needs 0 / min instead of booleans. tray: (name, layer) -> tensor, auxiliary losses and statistics; written, never appended to, since recomputation writes again.
+    """
+
+    type: Tensor
+    document: Tensor
+    picture: Tensor
+    branch: Tensor
+    order: Tensor
+    position: Tensor
+    keys: Keys
+    plain: bool = False
+    has_vision: bool = True
+    additive: bool = False
+    dtype: torch.dtype = torch.float32
+    tray: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    memo: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def vision(self) -> Tensor:
+        """(B, S) bool: picture tokens."""
+        return self.type == VISION
+
+    @property
+    def real(self) -> Tensor:
+        """(B, S) bool: not padding."""
+        return self.document >= 0
+
+    def mask(self, window: int | None = None, first_key: int = 0) -> Tensor:
+        """(B, 1, S, K) attention mask of this call's tokens against the keys from `first_key` on; window: sliding window of the layer, None = full attention."""
+        memo = (window, first_key)
+        if memo not in self.memo:
+            allowed = self._allowed(window, first_key)[:, None]
+            if self.additive:
+                allowed = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(self.dtype).min)
+            self.memo[memo] = allowed
+        return self.memo[memo]
+
+    def _allowed(self, window: int | None, first_key: int) -> Tensor:
+        document, branch, position = (keys[:, None, first_key:] for keys in (self.keys.document, self.keys.branch, self.keys.position))
+        key_order = torch.arange(first_key, self.keys.document.shape[1], device=self.order.device)
+        allowed = (self.document[:, :, None] == document) & (self.order[:, :, None] >= key_order)  # padding (-1) sees padding: no row of the mask is empty
+        allowed &= (branch == 0) | (branch == self.branch[:, :, None])
+        if window is not None:
+            allowed &= self.position[:, :, None] - position < window
+        return allowed

@@ -1,0 +1,171 @@
+"""First weights: towers and decoders from disk, an earlier stage, a finished run. One loader, strict, aware of ZeRO 3's partitioning."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlm.config import ModelSpec
+from vlm.errors import CheckpointError, ConfigurationError
+from vlm.initial import draw, gathered
+from vlm.weights.files import find_folder, read_tensors
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+    from vlm.processor import VLMProcessor
+
+__all__ = ["build", "first_model", "load", "load_tensors", "saved_model", "text_config"]
+
+_DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias|position_ids)$")
+"""Buffers that old files carry and modules compute by themselves."""
+
+
+# ---- into a module -------------------------------------------------------------------------------------------------------
+
+
+def load_tensors(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, source: str, key: Callable[[str], str | None] = lambda name: name, grow: Iterable[str] = ()) -> None:
+    """Copy tensors into a module, every parameter and persistent buffer exactly once.
+
+    Args:
+        source: what the messages call the checkpoint. key: name in the file -> name in the module, None to leave it out.
+        grow: names whose rows may be more than the file's (embedding and head of a vocabulary with added tokens); new rows start as the mean of the old ones.
+
+    Raises CheckpointError naming missing, unexpected and mis-shaped keys.
+    """
+    targets = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    storage: dict[int, list[str]] = {}
+    for name, tensor in targets.items():
+        storage.setdefault(id(tensor), []).append(name)
+    seen: set[str] = set()
+    unexpected: list[str] = []
+    misshaped: list[str] = []
+    growing = set(grow)
+    for file_name, tensor in tensors:
+        name = key(file_name)
+        if name is None or (name not in targets and _DERIVED.search(name)):
+            continue
+        if name not in targets:
+            unexpected.append(file_name)
+            continue
+        seen.update(storage[id(targets[name])])
+        if not _copy(targets[name], tensor, name in growing):
+            misshaped.append(f"{file_name} {tuple(tensor.shape)} for {_shape(targets[name])}")
+    missing = sorted(set(targets) - seen)
+    problems = [(len(names), kind, names) for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if names]
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit the model",
+            got="; ".join(f"{count} {kind} ({', '.join(names[:3])}{', ...' if count > 3 else ''})" for count, kind, names in problems),
+            expected=f"{len(targets)} tensors, each once, in their shapes",
+            cure="check that the configuration describes this checkpoint",
+        )
+
+
+def _shape(target: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(target, "ds_shape", target.shape))
+
+
+@torch.no_grad()
+def _copy(target: Tensor, tensor: Tensor, may_grow: bool) -> bool:
+    shape = _shape(target)
+    if tuple(tensor.shape) != shape and not (may_grow and tensor.ndim == 2 and tensor.shape[1:] == shape[1:] and len(tensor) < shape[0]):
+        return False
+    with gathered([target] if isinstance(target, nn.Parameter) else []):
+        if target.numel():  # under ZeRO 3 only the gathering rank holds it whole
+            target[: len(tensor)].copy_(tensor) if tensor.ndim else target.copy_(tensor)
+            if tensor.ndim and len(tensor) < len(target):
+                target[len(tensor) :].copy_(tensor.float().mean(0, keepdim=True))
+    return True
+
+
+# ---- models --------------------------------------------------------------------------------------------------------------
+
+
+def text_config(model: ModelSpec) -> Any:
+    """The decoder's transformers config, from the numbers in the YAML or from config.json beside the weights. Raises ConfigurationError."""
+    from vlm.llm.decoder import decoder_config
+
+    if model.llm.config is not None:
+        return decoder_config(model.llm.config)
+    if model.llm.path is None:
+        raise ConfigurationError("the decoder has neither a path nor a config", cure="name a configuration of configs/llm, or give llm.path or llm.config")
+    file = find_folder(model.llm.path) / "config.json"
+    return decoder_config(json.loads(file.read_text(encoding="utf-8")))
+
+
+def build(config: Any, zero: Mapping[str, Any] | None = None) -> "VLM":
+    """The structure, without first values. zero: a DeepSpeed configuration; at stage 3 parameters are partitioned while they are made."""
+    from transformers.initialization import no_init_weights
+
+    from vlm.model import VLM
+
+    partition: AbstractContextManager[Any] = nullcontext()
+    if zero is not None and zero["zero_optimization"]["stage"] == 3:
+        import deepspeed
+
+        partition = deepspeed.zero.Init(config_dict_or_path=dict(zero))
+    with partition, no_init_weights():
+        model = VLM(config)
+    model.tie_weights()
+    return model
+
+
+def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | None = None) -> "VLM":
+    """A model at the start of its first stage: the encoder's and the decoder's weights loaded or drawn, the connector initialised from the encoder, adaptations built and initialised.
+
+    Draws from torch's default generator in a fixed order: the same values at every ZeRO stage and number of ranks.
+    """
+    from vlm.auto import VLMConfig
+
+    numbers = text_config(spec)
+    numbers.vocab_size = max(numbers.vocab_size, image_token_id + 1)
+    model = build(VLMConfig.of(replace(spec, adapt={}), numbers, image_token_id), zero)
+    _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key)
+    for part in model.connector.values():
+        with gathered([*model.encoder.parameters(), *part.parameters()]):
+            part.initialise(model.encoder)
+    embeddings = ("model.embed_tokens.weight", "lm_head.weight")
+    grow = [name for name, p in model.llm.named_parameters(remove_duplicate=False) if any(p is module.weight for module in (model.llm.get_input_embeddings(), model.llm.get_output_embeddings()))]
+    _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), lambda name: name, grow or embeddings)
+    for name, adaptation in spec.adapt.items():
+        model.add(name, adaptation)
+    return model
+
+
+def _first_values(module: nn.Module, path: str | None, weights: str, drawing: Callable[[], None], key: Callable[[str], str | None], grow: Iterable[str] = ()) -> None:
+    if weights == "random":
+        with gathered(module.parameters()):
+            drawing()
+        return
+    if path is None:
+        raise ConfigurationError("first weights are wanted, but no path is given", cure="set path to a folder with weights, or weights: random")
+    load_tensors(module, read_tensors(find_folder(path)), source=path, key=key, grow=grow)
+
+
+def saved_model(folder: Path, zero: Mapping[str, Any] | None = None) -> "VLM":
+    """The model of a stage's or export's folder, ZeRO-aware."""
+    from vlm.auto import VLMConfig
+
+    model = build(VLMConfig.from_pretrained(folder), zero)
+    load_tensors(model, read_tensors(folder), source=str(folder))
+    return model
+
+
+def load(folder: str | Path) -> "tuple[VLM, VLMProcessor]":
+    """A finished model with its processor, in evaluation mode: from a run's folder (its export), a stage's folder, or any folder that `save_pretrained` wrote."""
+    from vlm.auto import VLMConfig  # noqa: F401  registers with the Auto classes
+    from vlm.model import VLM
+    from vlm.processor import VLMProcessor
+
+    folder = Path(folder)
+    if (folder / "export" / "config.json").is_file():
+        folder = folder / "export"
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} holds no model", expected="config.json and model.safetensors, or a run folder with export/", cure="give the folder of a finished run or of one of its stages")
+    return VLM.from_pretrained(folder).eval(), VLMProcessor.from_pretrained(folder)

@@ -1,0 +1,268 @@
+"""The model: encoder -> connector -> splice -> decoder -> loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from vlm.auto import VLMConfig
+from vlm.composition import to_plain
+from vlm.config import links
+from vlm.errors import CheckpointError
+from vlm.features import Features, ImageInput
+from vlm.initial import gathered
+from vlm.llm import decoder as decoders
+from vlm.llm.base import AdaptationSpec
+from vlm.llm.context import Keys, TokenContext
+from vlm.llm.head import finish_logits
+from vlm.splice import splice, type_from_ids
+
+__all__ = ["VLM", "VLMOutput"]
+
+IGNORE = -100
+
+
+@dataclass
+class VLMOutput(ModelOutput):
+    """loss_sum: summed cross entropy of the supervised tokens (float32). count: how many. auxiliary: weighted auxiliary losses. logits: (B, S, V), only where they were asked for.
+
+    loss = loss_sum / count + auxiliary, as users of Auto classes expect.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    loss_sum: Tensor | None = None
+    count: Tensor | None = None
+    auxiliary: dict[str, tuple[Tensor, Tensor, float]] | None = None
+    past_key_values: Any = None
+    context: TokenContext | None = None
+
+
+class VLM(PreTrainedModel, GenerationMixin):
+    """A vision-language model of exchangeable parts. Parameters live under `encoder.`, `connector.NAME.` (in the order of the chain) and `llm.`."""
+
+    config_class = VLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: list[str] = []
+
+    def __init__(self, config: VLMConfig):
+        super().__init__(config)
+        spec = config.spec()
+        self.spec = spec
+        self.encoder = spec.encoder.build()
+        self.chain = links(spec.encoder, spec.connector, config.text_config.hidden_size)
+        self.reads = self.chain[0][0].reads(self.chain[0][1])
+        self.connector = nn.ModuleDict({link_name(index, part.use): part.build(spec.encoder, link) for index, (part, link) in enumerate(self.chain)})
+        self.llm = decoders.build_decoder(config.text_config, list(spec.adapt.values()))
+        self._tied_weights_keys = {f"llm.{key}": f"llm.{value}" for key, value in (self.llm._tied_weights_keys or {}).items()} if config.text_config.tie_word_embeddings else {}
+        self.post_init()
+
+    # ---- the data's way ------------------------------------------------------------------------------------------------
+
+    def see(self, images: Sequence[ImageInput]) -> Features:
+        """Pictures -> packed features of the decoder's width. A frozen encoder runs without a graph."""
+        trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            features = self.encoder(images, self.reads)
+        for part in self.connector.values():
+            features = part(features)
+        return features
+
+    def embed(self, input_ids: Tensor, vision: Tensor, images: Sequence[ImageInput] | None) -> Tensor:
+        """(B, S, D): text embeddings with the pictures' features among them. One embedding call and, while training, one encoder call whatever the rows hold."""
+        embeddings = self.llm.get_input_embeddings()(input_ids)
+        if images:
+            return splice(embeddings, self.see(images).tokens, vision)
+        if self.training:
+            return splice(embeddings, self.see([self._dummy(embeddings)]).tokens, vision, dummy=True)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Sequence[ImageInput] | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        picture_ids: Tensor | None = None,
+        branch_ids: Tensor | None = None,
+        plain: bool = False,
+        use_cache: bool | None = None,
+        logits_to_keep: int | None = None,
+        **kwargs: Any,
+    ) -> VLMOutput:
+        """One pass over rows of one or several documents.
+
+        Args:
+            input_ids: (B, S), the placeholder id once per picture token. inputs_embeds: (B, S, D) instead of it, pictures already in.
+            attention_mask: (B, P + S), 1 = token, 0 = padding; P cached tokens.
+            labels: (B, S), -100 where nothing is supervised. images: pictures in reading order, row by row.
+            mm_token_type_ids: (B, S), 0 text, 1 picture; default: where the placeholder stands. document_ids: (B, S), -1 = padding; default: one document per row.
+            picture_ids, branch_ids: (B, S), see TokenContext. plain: known on the host: every row is one document, padded on the right or not at all, so that causality alone is the mask. position_ids: (B, S), restarting per document.
+            logits_to_keep: logits of the last so many positions, 0 for all; default: all without labels, none with them.
+        """
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        if mm_token_type_ids is None and input_ids is not None:
+            mm_token_type_ids = type_from_ids(input_ids, self.config.image_token_id)
+        if inputs_embeds is None:
+            assert input_ids is not None and mm_token_type_ids is not None
+            inputs_embeds = self.embed(input_ids, mm_token_type_ids == 1, images if past == 0 else None)
+        context = self.context(inputs_embeds, past, attention_mask, position_ids, mm_token_type_ids, document_ids, picture_ids, branch_ids, bool(images), plain)
+        output = decoders.stack(self.llm)(
+            inputs_embeds=inputs_embeds,
+            attention_mask=None if context.plain and not context.additive else context.mask(),
+            position_ids=context.position,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache) if use_cache is not None else past_key_values is not None,
+            context=context,
+        )
+        hidden = output.last_hidden_state
+        result = VLMOutput(past_key_values=output.past_key_values, context=context)
+        if labels is not None:
+            self._add_loss(result, hidden, labels)
+        if labels is None or logits_to_keep is not None:
+            result.logits = finish_logits(self.llm.get_output_embeddings()(hidden[:, -(logits_to_keep or 0) :]), self.config.text_config)
+        return result
+
+    def context(
+        self,
+        embeddings: Tensor,
+        past: int,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        types: Tensor | None,
+        document_ids: Tensor | None,
+        picture_ids: Tensor | None,
+        branch_ids: Tensor | None,
+        has_vision: bool,
+        plain: bool,
+    ) -> TokenContext:
+        """The facts of this call's tokens, completed where the caller left some out."""
+        rows, length = embeddings.shape[:2]
+        device = embeddings.device
+        index = torch.arange(past, past + length, device=device).expand(rows, -1)
+        plain = past == 0 and (plain or (branch_ids is None and attention_mask is None and document_ids is None))
+        whole = attention_mask if attention_mask is not None else torch.ones(rows, past + length, dtype=torch.int64, device=device)
+        key_document = whole.to(torch.int64) - 1  # 1 -> document 0 of the row, 0 -> padding
+        if document_ids is not None:
+            key_document = torch.cat([key_document[:, :past], document_ids], 1)
+        key_position = (whole.cumsum(1) - 1).clamp(min=0)
+        if position_ids is None:
+            position_ids = key_position[:, past:]
+        zeros = torch.zeros_like(key_document)
+        keys = Keys(
+            key_document,
+            zeros if branch_ids is None else torch.cat([zeros[:, :past], branch_ids], 1),
+            torch.cat([key_position[:, :past], position_ids.expand(rows, -1)], 1),
+        )
+        return TokenContext(
+            type=types if types is not None else zeros[:, past:],
+            document=keys.document[:, past:],
+            picture=picture_ids if picture_ids is not None else torch.full_like(index, -1),
+            branch=keys.branch[:, past:],
+            order=index,
+            position=keys.position[:, past:],
+            keys=keys,
+            plain=plain,
+            has_vision=has_vision,
+            additive=self.llm.config._attn_implementation == "eager",
+            dtype=embeddings.dtype,
+        )
+
+    def _add_loss(self, result: VLMOutput, hidden: Tensor, labels: Tensor) -> None:
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE
+        result.loss_sum = self.llm.get_output_embeddings()(hidden[:, :-1][supervised], targets[supervised])
+        result.count = supervised.sum()
+        assert result.context is not None
+        result.auxiliary = {}
+        result.loss = result.loss_sum / result.count.clamp(min=1)
+
+    def _dummy(self, like: Tensor) -> ImageInput:
+        return self.spec.encoder.dummy().to(like.device, like.dtype)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, images: Sequence[ImageInput] | None = None, **kwargs: Any) -> Any:
+        """transformers' generate over left-padded rows (as `VLMProcessor.__call__` makes them); returns the new tokens only, (B, T).
+
+        Pictures are encoded once, so beams and sampling repeat embeddings, not pictures. Without a cache (use_cache=False) every step sees ids and pictures again.
+        """
+        assert input_ids is not None
+        types = kwargs.pop("mm_token_type_ids", None)
+        types = type_from_ids(input_ids, self.config.image_token_id) if types is None else types
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        common: dict[str, Any] = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "mm_token_type_ids": types, **kwargs}
+        if kwargs.get("use_cache", True) is False:
+            whole = super().generate(input_ids=input_ids, images=images, **common)
+            return whole[:, input_ids.shape[1] :] if isinstance(whole, Tensor) else whole
+        return super().generate(inputs_embeds=self.embed(input_ids, types == 1, images), **common)
+
+    # ---- what transformers asks of a model -----------------------------------------------------------------------------
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.llm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.llm.get_output_embeddings()
+
+    def initialize_weights(self) -> None:
+        """Make the buffers that no file holds. First values of parameters are given by loading.py, once, part by part; transformers must not draw them again (feasibility section 4)."""
+        for parameter in self.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        super().initialize_weights()
+
+    def add(self, name: str, adaptation: AdaptationSpec) -> None:
+        """Build an adaptation into the decoder of a model whose weights are loaded, and give its first values."""
+        adaptation.build(self.llm, decoders.scope(self.llm))
+        with gathered(self.llm.parameters()):
+            adaptation.initialise(self.llm)
+        self.config.adapt = {**self.config.adapt, name: to_plain(adaptation)}
+        self.spec = self.config.spec()
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every parameter of the model under one path: encoder..., connector.NAME..., llm...."""
+        parts: list[tuple[str, dict[str, list[nn.Parameter]]]] = [("encoder", self.encoder.groups())]
+        parts += [(f"connector.{name}", part.groups()) for name, part in self.connector.items()]
+        parts += [("llm", decoders.groups(self.llm, list(self.spec.adapt.values())))]
+        return {f"{prefix}.{path}".rstrip("."): found for prefix, groups in parts for path, found in groups.items() if found}
+
+    def unused(self) -> list[nn.Parameter]:
+        """Parameters kept for a checkpoint's sake: no gradient ever reaches them."""
+        return [*self.encoder.unused(self.reads), *(p for part in self.connector.values() for p in part.unused())]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "VLM":
+        """As in transformers, but a missing, unexpected or mis-shaped key is a CheckpointError."""
+        wanted = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except RuntimeError as problem:
+            raise CheckpointError(f"weights of {args[0] if args else '?'} do not fit the model: {problem}", cure="load them into the model that its config.json describes") from problem
+        problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
+        if problems:
+            raise CheckpointError(
+                f"weights of {args[0] if args else '?'} do not fit the model",
+                got="; ".join(f"{len(keys)} {name.replace('_', ' ')} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for name, keys in problems.items()),
+                expected="every key of the model once, in its shape",
+                cure="load them into the model that its config.json describes",
+            )
+        return (model, info) if wanted else model
+
+
+def link_name(index: int, use: str) -> str:
+    """Name of a link of the connector chain: its part's name, numbered where it is not the first of the chain."""
+    return use if index == 0 else f"{use}_{index}"

@@ -1,0 +1,275 @@
+"""Pictures and conversations -> model inputs. The same code in training, evaluation, chat and server; the one place where placeholders are expanded."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from vlm.config import ModelSpec, links
+from vlm.data.sample import Picture, Sample, Turn
+from vlm.encoders.base import Mode
+from vlm.errors import CheckpointError, DataError
+from vlm.features import ImageInput, TokenLayout
+from vlm.images import apply_policy, open_picture
+from vlm.llm.context import TEXT, VISION
+from vlm.prompt import PICTURE, Encoded, Prompt, PromptSpec
+
+__all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "placeholder_id"]
+
+IGNORE = -100
+PLACEHOLDER = "<image>"
+
+
+def placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that stands for a picture token: the tokenizer's own `<image>`, else one that is added to it. Rows of the embedding are only ever added, a padded vocabulary keeps its size."""
+    known = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+    if PLACEHOLDER not in known:
+        tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
+    return int(tokenizer.convert_tokens_to_ids(PLACEHOLDER))  # type: ignore[arg-type]
+
+
+@dataclass
+class Row:
+    """One document, ready for a batch; lists over its tokens.
+
+    ids: placeholder expanded. labels: IGNORE where not supervised. types: TEXT or VISION. pictures: index of the row's picture, -1 = none. branches: 0 trunk. positions: restart behind the trunk.
+    notes: what should be counted.
+    """
+
+    id: str
+    source: str
+    ids: list[int]
+    labels: list[int]
+    types: list[int]
+    pictures: list[int]
+    branches: list[int]
+    positions: list[int]
+    images: list[ImageInput]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What the processor's file holds beside tokenizer and model."""
+
+    prompt: Mapping[str, Any]
+    policy: Mapping[str, Any] = field(default_factory=lambda: {"use": "native", "official": False})
+
+
+class VLMProcessor:
+    """Turns samples into rows and rows into batches, for one model, one prompt and one picture policy.
+
+    Args:
+        model: the parts' Specs. width: the decoder's hidden size. tokenizer: with the placeholder token in it. prompt, policy: of the stage.
+    """
+
+    def __init__(self, model: ModelSpec, width: int, tokenizer: PreTrainedTokenizerBase, prompt: PromptSpec, policy: str = "native", official_pictures: bool = False):
+        self.model, self.tokenizer = model, tokenizer
+        self.width = width
+        self.image_token_id = placeholder_id(tokenizer)
+        self.prompt = Prompt(prompt, tokenizer)
+        self.policy, self.official_pictures = policy, official_pictures
+        self._chain = links(model.encoder, model.connector, width)
+
+    # ---- pictures ------------------------------------------------------------------------------------------------------
+
+    def layout(self, width: int, height: int, mode: Mode = "infer") -> TokenLayout:
+        """Tokens that a picture of this size becomes, behind all connectors."""
+        width, height = self._policy_size(width, height)
+        layouts = self.model.encoder.layout(width, height, mode)
+        for spec, _ in self._chain:
+            layouts = {"image": spec.layout(layouts)}
+        return next(iter(layouts.values()))
+
+    def see(self, picture: Picture | Image.Image | bytes | str | Path, mode: Mode = "infer", where: str = "") -> ImageInput:
+        """A picture, from wherever, as its encoder reads it."""
+        if isinstance(picture, Image.Image):
+            image = picture.convert("RGB")
+        else:
+            image = open_picture(_bytes(picture, where), where=where, official=self.official_pictures)
+        size = image.size
+        encoder = self.model.encoder
+        image = apply_policy(self.policy, image, mean=getattr(encoder, "mean", None), size=getattr(encoder, "size", None))
+        return ImageInput(encoder.preprocess(image, mode), *size, self.layout(*size, mode))
+
+    def _policy_size(self, width: int, height: int) -> tuple[int, int]:
+        if self.policy == "pad":
+            return (max(width, height),) * 2
+        if self.policy in ("crop", "squash"):
+            return (self.model.encoder.size,) * 2  # type: ignore[attr-defined]
+        return width, height
+
+    # ---- rows ----------------------------------------------------------------------------------------------------------
+
+    def row(self, sample: Sample, *, mode: Mode = "train", generate: bool = False, max_length: int | None = None, too_long: str = "cut") -> Row:
+        """One sample as a row; generate: it ends in the prompt for the next answer.
+
+        Raises DataError where a row is longer than max_length and too_long is "error", where one picture does not fit, or where a training row has nothing supervised.
+        """
+        images = [self.see(picture, mode, sample.where) for picture in sample.pictures]
+        parts = self._branches(sample) if sample.independent and not generate else [self.prompt.encode(sample.turns, generate=generate, where=sample.where)]
+        row = self._expand(sample, parts, images)
+        if max_length is not None and len(row) > max_length:
+            row = self._cut(row, sample, max_length, too_long)
+        if not generate and mode == "train" and not row.supervised:
+            raise DataError(
+                f"{sample.where}: no token of sample {sample.id!r} is supervised" + (f" once it is cut to {max_length} tokens" if "cut" in row.notes else ""),
+                got=f"{len(row)} tokens" if "cut" not in row.notes else f"{self._needed(sample, parts, images)} tokens needed",
+                expected=f"an answer within max_length {max_length}" if max_length else "an assistant turn with text",
+                cure="raise max_length, or leave the sample out",
+            )
+        return row
+
+    def _branches(self, sample: Sample) -> list[Encoded]:
+        """The trunk that all question-answer pairs share, then each pair's own part: every pair is encoded as a conversation of its own, what they have in common is the trunk."""
+        head = tuple(turn for turn in sample.turns if turn.role == "system")
+        pictures = sample.pictures
+        talk = [turn for turn in sample.turns if turn.role != "system"]
+        pairs: list[Encoded] = []
+        for question, answer in zip(talk[::2], talk[1::2], strict=False):
+            parts = tuple(part for part in question.parts if isinstance(part, str))
+            if question is talk[0]:
+                parts, first_text = question.parts, _text_around(question)
+            else:
+                parts = (*pictures, first_text, "".join(parts).lstrip("\n")) if pictures else parts
+            pairs.append(self.prompt.encode((*head, Turn("user", parts), answer), where=sample.where))
+        shared = min(len(pair.ids) for pair in pairs)
+        while any(pair.ids[:shared] != pairs[0].ids[:shared] or any(pair.supervised[: shared + 1]) for pair in pairs):  # a branch never begins with its answer: what predicts it is its own question
+            shared -= 1
+        trunk = Encoded(pairs[0].ids[:shared], [False] * shared, pairs[0].notes)
+        if trunk.ids.count(PICTURE) != len(pictures):
+            raise DataError(f"{sample.where}: independent questions must share the pictures, which stand in the first question", cure="leave `independent` away, or move the pictures to the front")
+        return [trunk, *(Encoded(pair.ids[shared:], pair.supervised[shared:]) for pair in pairs)]
+
+    def _expand(self, sample: Sample, parts: Sequence[Encoded], images: Sequence[ImageInput]) -> Row:
+        row = Row(sample.id, sample.source, [], [], [], [], [], [], list(images), sample.notes + parts[0].notes)
+        seen = 0
+        for branch, part in enumerate(parts):
+            start = len(parts[0].ids) + sum(image.layout.count - 1 for image in images) if branch else 0
+            for index, supervised in zip(part.ids, part.supervised, strict=True):
+                count = images[seen].layout.count if index == PICTURE else 1
+                row.ids += [self.image_token_id if index == PICTURE else index] * count
+                row.labels += [index if supervised else IGNORE] * count
+                row.types += [VISION if index == PICTURE else TEXT] * count
+                row.pictures += [seen if index == PICTURE else -1] * count
+                row.branches += [branch] * count
+                row.positions += range(start, start + count)
+                start += count
+                seen += index == PICTURE
+        return row
+
+    def _needed(self, sample: Sample, parts: Sequence[Encoded], images: Sequence[ImageInput]) -> int:
+        return len(self._expand(sample, parts, images))
+
+    def _cut(self, row: Row, sample: Sample, max_length: int, too_long: str) -> Row:
+        """The first max_length tokens, never a part of a picture."""
+        largest = max((image.layout.count for image in row.images), default=0)
+        if largest >= max_length:
+            raise DataError(f"{sample.where}: one picture takes {largest} tokens, which does not fit", expected=f"less than max_length {max_length}", cure="raise max_length, or use an encoder with fewer tokens")
+        if too_long == "error":
+            raise DataError(f"{sample.where}: sample {sample.id!r} is too long", got=f"{len(row)} tokens", expected=f"at most max_length {max_length}", cure="raise max_length, or set too_long: cut")
+        end = max_length
+        while 0 < end < len(row) and row.pictures[end] >= 0 and row.pictures[end - 1] == row.pictures[end]:
+            end -= 1
+        kept = max((picture for picture in row.pictures[:end]), default=-1) + 1
+        return Row(
+            row.id, row.source, row.ids[:end], row.labels[:end], row.types[:end], row.pictures[:end], row.branches[:end], row.positions[:end], row.images[:kept], (*row.notes, "cut")
+        )
+
+    # ---- batches -------------------------------------------------------------------------------------------------------
+
+    def __call__(self, samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Left-padded inputs of `VLM.generate` for samples that end in a question."""
+        rows = [self.row(sample, mode="infer", generate=True) for sample in samples]
+        batch = collate(rows, pad_id=self.pad_id, left=True)
+        return {
+            "input_ids": batch["input_ids"].to(device),
+            "attention_mask": (batch["document_ids"] >= 0).to(torch.int64).to(device),
+            "mm_token_type_ids": batch["mm_token_type_ids"].to(device),
+            "images": [image.to(torch.device(device)) for image in batch["images"]],
+        }
+
+    @property
+    def pad_id(self) -> int:
+        """What fills rows; padding is told by position, never by this id."""
+        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)  # type: ignore[arg-type]
+
+    # ---- files ---------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Tokenizer (its chat template is this prompt's) and vlm_processor.json."""
+        folder = Path(folder)
+        self.tokenizer.chat_template = self.prompt.template.chat
+        self.tokenizer.save_pretrained(folder)
+        settings = _Settings(prompt=asdict(self.prompt.spec), policy={"use": self.policy, "official": self.official_pictures})
+        (folder / "vlm_processor.json").write_text(json.dumps(asdict(settings), indent=2), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "VLMProcessor":
+        """Of a folder that `save_pretrained` and the model's `save_pretrained` wrote."""
+        from vlm.auto import VLMConfig
+
+        folder = Path(folder)
+        file = folder / "vlm_processor.json"
+        if not file.is_file():
+            raise CheckpointError(f"{folder} holds no processor", expected="vlm_processor.json", cure="give the folder of a run, a stage or an export")
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        config = VLMConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return cls(config.spec(), config.text_config.hidden_size, tokenizer, PromptSpec(**settings["prompt"]), settings["policy"]["use"], settings["policy"]["official"])
+
+
+def _text_around(turn: Turn) -> str:
+    """The line break that stands between the pictures and the text of a first question, which every independent question gets."""
+    text = turn.text
+    return text[: len(text) - len(text.lstrip("\n"))]
+
+
+def _bytes(picture: Picture | bytes | str | Path, where: str) -> bytes:
+    if isinstance(picture, bytes):
+        return picture
+    source = Picture(str(picture)) if not isinstance(picture, Picture) else picture
+    try:
+        return source.read()
+    except OSError as problem:
+        raise DataError(f"{where or 'picture'}: cannot read picture {source.path}", got=problem.strerror or str(problem), cure="check the path and the source's `images` folder") from problem
+
+
+def collate(rows: Sequence[Row], *, pad_id: int, left: bool = False) -> dict[str, Any]:
+    """Rows -> a batch of tensors (B, S), padded on the right (or left), and the pictures in reading order. Keys are the arguments of `VLM.forward`; branch_ids only where a row has branches."""
+    length = max(len(row) for row in rows)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        gap = [fill] * (length - len(values))
+        return [*gap, *values] if left else [*values, *gap]
+
+    def table(columns: Sequence[Sequence[int]], fill: int) -> Tensor:
+        return torch.tensor([padded(values, fill) for values in columns], dtype=torch.int64)
+
+    before = [sum(len(row.images) for row in rows[:index]) for index in range(len(rows))]
+    batch: dict[str, Any] = {
+        "input_ids": table([row.ids for row in rows], pad_id),
+        "labels": table([row.labels for row in rows], IGNORE),
+        "mm_token_type_ids": table([row.types for row in rows], TEXT),
+        "document_ids": table([[index] * len(row) for index, row in enumerate(rows)], -1),
+        "plain": not left and not any(row.branches[-1] for row in rows),
+        "picture_ids": table([[p if p < 0 else p + start for p in row.pictures] for row, start in zip(rows, before, strict=True)], -1),
+        "position_ids": table([row.positions for row in rows], 0),
+        "images": [image for row in rows for image in row.images],
+    }
+    if any(row.branches[-1] for row in rows):
+        batch["branch_ids"] = table([row.branches for row in rows], 0)
+    return batch
