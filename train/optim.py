@@ -95,14 +95,15 @@ def plan(named: Mapping[str, nn.Parameter], groups: Mapping[str, Iterable[nn.Par
         raise ConfigurationError("parameters without a group", got=", ".join(homeless[:5]), cure="mend the part's groups()")
     wanted = rates(groups, tree)
     idle = {id(parameter) for parameter in unused}
-    lines: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+    lines: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
     by_id = {id(parameter): parameter for parameter in named.values()}
     for key, name in names.items():
         parameter = by_id[key]
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        lines.setdefault((owner[key], decays(name, shape), key in idle), []).append(parameter)
+        decay = optimizer.weight_decay if decays(name, shape) else 0.0
+        lines.setdefault((owner[key], decay, key in idle), []).append(parameter)
     planned = [
-        Group(path, tuple(names[id(p)] for p in found), tuple(found), None if still else wanted[path], optimizer.weight_decay if decay else 0.0, still)
+        Group(path, tuple(names[id(p)] for p in found), tuple(found), None if still else wanted[path], decay, still)
         for (path, decay, still), found in lines.items()
     ]
     if not any(group.rate is not None for group in planned):

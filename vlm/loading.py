@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["build", "first_model", "load", "load_tensors", "saved_model", "text_config"]
+__all__ = ["build", "first_model", "form", "load", "load_tensors", "saved_model", "text_config"]
 
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias|position_ids)$")
 """Buffers that old files carry and modules compute by themselves."""
@@ -116,23 +116,28 @@ def build(config: Any, zero: Mapping[str, Any] | None = None) -> "VLM":
     return model
 
 
+def form(spec: ModelSpec, image_token_id: int) -> Any:
+    """config.json of a model: the parts, and the decoder's numbers with room for the placeholder. A padded vocabulary keeps its size."""
+    from vlm.configuration import VLMConfig
+
+    numbers = text_config(spec)
+    numbers.vocab_size = max(numbers.vocab_size, image_token_id + 1)
+    return VLMConfig.of(spec, numbers, image_token_id)
+
+
 def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | None = None) -> "VLM":
     """A model at the start of its first stage: the encoder's and the decoder's weights loaded or drawn, the connector initialised from the encoder, adaptations built and initialised.
 
     Draws from torch's default generator in a fixed order: the same values at every ZeRO stage and number of ranks.
     """
-    from vlm.auto import VLMConfig
-
-    numbers = text_config(spec)
-    numbers.vocab_size = max(numbers.vocab_size, image_token_id + 1)
-    model = build(VLMConfig.of(replace(spec, adapt={}), numbers, image_token_id), zero)
+    model = build(form(replace(spec, adapt={}), image_token_id), zero)
     _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key)
     for part in model.connector.values():
         with gathered([*model.encoder.parameters(), *part.parameters()]):
             part.initialise(model.encoder)
-    embeddings = ("model.embed_tokens.weight", "lm_head.weight")
-    grow = [name for name, p in model.llm.named_parameters(remove_duplicate=False) if any(p is module.weight for module in (model.llm.get_input_embeddings(), model.llm.get_output_embeddings()))]
-    _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), lambda name: name, grow or embeddings)
+    vocabulary = [module.weight for module in (model.llm.get_input_embeddings(), model.llm.get_output_embeddings())]
+    grow = [name for name, parameter in model.llm.named_parameters(remove_duplicate=False) if any(parameter is weight for weight in vocabulary)]
+    _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), lambda name: name, grow)
     for name, adaptation in spec.adapt.items():
         model.add(name, adaptation)
     return model
@@ -150,7 +155,7 @@ def _first_values(module: nn.Module, path: str | None, weights: str, drawing: Ca
 
 def saved_model(folder: Path, zero: Mapping[str, Any] | None = None) -> "VLM":
     """The model of a stage's or export's folder, ZeRO-aware."""
-    from vlm.auto import VLMConfig
+    from vlm.configuration import VLMConfig
 
     model = build(VLMConfig.from_pretrained(folder), zero)
     load_tensors(model, read_tensors(folder), source=str(folder))
@@ -159,7 +164,7 @@ def saved_model(folder: Path, zero: Mapping[str, Any] | None = None) -> "VLM":
 
 def load(folder: str | Path) -> "tuple[VLM, VLMProcessor]":
     """A finished model with its processor, in evaluation mode: from a run's folder (its export), a stage's folder, or any folder that `save_pretrained` wrote."""
-    from vlm.auto import VLMConfig  # noqa: F401  registers with the Auto classes
+    import vlm.auto  # noqa: F401  registers with the Auto classes
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 

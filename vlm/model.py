@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from vlm.auto import VLMConfig
+from vlm.configuration import VLMConfig
 from vlm.composition import to_plain
 from vlm.config import links
 from vlm.errors import CheckpointError
@@ -17,7 +17,7 @@ from vlm.features import Features, ImageInput
 from vlm.initial import gathered
 from vlm.llm import decoder as decoders
 from vlm.llm.base import AdaptationSpec
-from vlm.llm.context import Keys, TokenContext
+from vlm.llm.context import Auxiliary, Keys, TokenContext
 from vlm.llm.head import finish_logits
 from vlm.splice import splice, type_from_ids
 
@@ -28,16 +28,20 @@ IGNORE = -100
 
 @dataclass
 class VLMOutput(ModelOutput):
-    """loss_sum: summed cross entropy of the supervised tokens (float32). count: how many. auxiliary: weighted auxiliary losses. logits: (B, S, V), only where they were asked for.
+    """What a pass gives.
 
-    loss = loss_sum / count + auxiliary, as users of Auto classes expect.
+    loss_sum: summed cross entropy of the supervised tokens (float32, a scalar). count: how many. row_losses, row_counts: (B,) the same per row, without a graph.
+    auxiliary: losses by name and layer. logits: (B, S, V), only where they were asked for.
+    loss = loss_sum / count + the auxiliary losses over this call's units, as users of Auto classes expect.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     loss_sum: Tensor | None = None
     count: Tensor | None = None
-    auxiliary: dict[str, tuple[Tensor, Tensor, float]] | None = None
+    row_losses: Tensor | None = None
+    row_counts: Tensor | None = None
+    auxiliary: dict[tuple[str, int], Auxiliary] | None = None
     past_key_values: Any = None
     context: TokenContext | None = None
 
@@ -185,11 +189,15 @@ class VLM(PreTrainedModel, GenerationMixin):
     def _add_loss(self, result: VLMOutput, hidden: Tensor, labels: Tensor) -> None:
         targets = labels[:, 1:]
         supervised = targets != IGNORE
-        result.loss_sum = self.llm.get_output_embeddings()(hidden[:, :-1][supervised], targets[supervised])
-        result.count = supervised.sum()
+        losses = self.llm.get_output_embeddings()(hidden[:, :-1][supervised], targets[supervised])
+        result.loss_sum, result.count = losses.sum(), supervised.sum()
+        row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)[supervised]
+        result.row_losses = losses.new_zeros(len(labels)).index_add_(0, row, losses.detach())
+        result.row_counts = supervised.sum(1)
         assert result.context is not None
-        result.auxiliary = {}
-        result.loss = result.loss_sum / result.count.clamp(min=1)
+        result.auxiliary, units = result.context.losses, result.context.units() if result.context.losses else {}
+        extra = [one.coefficient * one.sum / units[one.unit].clamp(min=1) for one in result.auxiliary.values()]
+        result.loss = sum(extra, result.loss_sum / result.count.clamp(min=1))
 
     def _dummy(self, like: Tensor) -> ImageInput:
         return self.spec.encoder.dummy().to(like.device, like.dtype)

@@ -19,8 +19,9 @@ from vlm.features import ImageInput, TokenLayout
 from vlm.images import apply_policy, open_picture
 from vlm.llm.context import TEXT, VISION
 from vlm.prompt import PICTURE, Encoded, Prompt, PromptSpec
+from vlm.weights.files import find_folder
 
-__all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "placeholder_id"]
+__all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "load_tokenizer", "placeholder_id"]
 
 IGNORE = -100
 PLACEHOLDER = "<image>"
@@ -32,6 +33,20 @@ def placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if PLACEHOLDER not in known:
         tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
     return int(tokenizer.convert_tokens_to_ids(PLACEHOLDER))  # type: ignore[arg-type]
+
+
+def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
+    """The decoder's tokenizer from its local folder, with the placeholder in it. Raises CheckpointError."""
+    place = model.llm.tokenizer or model.llm.path
+    if place is None:
+        raise CheckpointError("the decoder has no tokenizer", cure="give llm.tokenizer or llm.path")
+    folder = find_folder(place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"no tokenizer in {folder}: {problem}", cure="give llm.tokenizer a folder with tokenizer.json") from problem
+    placeholder_id(tokenizer)
+    return tokenizer
 
 
 @dataclass
@@ -220,7 +235,7 @@ class VLMProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "VLMProcessor":
         """Of a folder that `save_pretrained` and the model's `save_pretrained` wrote."""
-        from vlm.auto import VLMConfig
+        from vlm.configuration import VLMConfig
 
         folder = Path(folder)
         file = folder / "vlm_processor.json"

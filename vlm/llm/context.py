@@ -8,12 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["TEXT", "VISION", "Keys", "Scope", "TokenContext"]
+__all__ = ["TEXT", "VISION", "Auxiliary", "Keys", "Scope", "TokenContext", "Unit"]
 
 TEXT, VISION = 0, 1
 
@@ -38,6 +38,18 @@ class Scope(threading.local):
         return Scope, ()
 
 
+Unit = Literal["token", "vision_token", "document"]
+
+
+@dataclass(eq=False)
+class Auxiliary:
+    """An auxiliary loss: a sum over the `unit`s of this call. The trainer divides by their number over all ranks and micro-batches of the step, so that 1 rank = N ranks."""
+
+    sum: Tensor
+    unit: Unit
+    coefficient: float
+
+
 @dataclass(eq=False)
 class Keys:
     """Facts of all keys of a row, cached tokens first: (B, P + S) each."""
@@ -54,7 +66,7 @@ class TokenContext:
     type: TEXT or VISION. document: which document of the micro-batch a token belongs to, -1 = padding. picture: which picture of the micro-batch, -1 = none.
     branch: 0 is the trunk of a document; tokens of a branch see the trunk and their own branch only (independent questions about one picture). order: index in the row's key table.
     position: original position in the document. plain: every row is one document without branches and without past, padded on the right or not at all, so that is_causal serves. has_vision: known on the host.
-    additive: eager attention adds its mask, so it needs 0 / min instead of booleans. tray: (name, layer) -> tensor, auxiliary losses and statistics; written, never appended to, since recomputation writes again.
+    additive: eager attention adds its mask, so it needs 0 / min instead of booleans. losses, statistics: (name, layer) -> what adaptations leave; written, never appended to, since recomputation writes again.
     """
 
     type: Tensor
@@ -68,13 +80,19 @@ class TokenContext:
     has_vision: bool = True
     additive: bool = False
     dtype: torch.dtype = torch.float32
-    tray: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    losses: dict[tuple[str, int], "Auxiliary"] = field(default_factory=dict)
+    statistics: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     memo: dict[Any, Tensor] = field(default_factory=dict)
 
     @property
     def vision(self) -> Tensor:
         """(B, S) bool: picture tokens."""
         return self.type == VISION
+
+    def units(self) -> dict[Unit, Tensor]:
+        """How many of each unit this call holds."""
+        tokens = self.real.sum()
+        return {"token": tokens, "vision_token": (self.vision & self.real).sum(), "document": self.document.unique().ge(0).sum()}
 
     @property
     def real(self) -> Tensor:

@@ -22,18 +22,18 @@ class LossHead(nn.Module):
     decoder_config: Any
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden (..., D) -> logits (..., V); with hidden (N, D) and labels (N,) -> the summed cross entropy in float32, a scalar."""
+        """hidden (..., D) -> logits (..., V); with hidden (N, D) and labels (N,) -> the cross entropy of each, (N,) float32."""
         if labels is None:
             return super().forward(hidden)
         rows = max(1, CHUNK // self.decoder_config.vocab_size)
         if len(labels) <= rows:
             return self._loss(hidden, labels)
         parts = [checkpoint(self._loss, part, target, use_reentrant=False) for part, target in zip(hidden.split(rows), labels.split(rows), strict=True)]
-        return torch.stack(parts).sum()
+        return torch.cat(parts)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits = finish_logits(super().forward(hidden), self.decoder_config)
-        return F.cross_entropy(logits.float(), labels, reduction="sum")
+        return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def adapt_head(head: nn.Module, config: Any) -> None:

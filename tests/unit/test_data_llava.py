@@ -1,0 +1,441 @@
+"""The LLaVA reader, on files of the test's own making and on the field cases; and the conversion of Parquet sets to what it reads."""
+
+import hashlib
+import io
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vlm.data import readers
+from vlm.data.convert import convert_parquet, new_folder, write_records
+from vlm.data.llava import LlavaReader, LlavaSource
+from vlm.data.sample import Picture, Sample
+from vlm.errors import ConfigurationError, DataError, EnvironmentProblem
+
+ANSWERS = ["a café", "两个字", "one\ntwo\u2028three\x85four"]
+
+
+def talk(*turns: tuple[Any, Any], **more: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": role, "value": text} for role, text in turns], **more}
+
+
+def write(path: Path, records: list[Any], lines: bool = False) -> str:
+    text = "\n".join(json.dumps(record, ensure_ascii=False) for record in records) if lines else json.dumps(records, ensure_ascii=False, indent=1)
+    path.write_bytes(text.encode("utf-8"))
+    return str(path)
+
+
+def opened(tmp_path: Path, *records: Any, **settings: Any) -> LlavaReader:
+    return LlavaSource(file=write(tmp_path / "train.json", list(records)), **settings).open()
+
+
+def supervised(sample: Sample) -> list[str]:
+    return [turn.text for turn in sample.turns if turn.supervised]
+
+
+def names(sample: Sample) -> list[str]:
+    return [Path(picture.path).name for picture in sample.pictures]
+
+
+def refusal(reader: LlavaReader, index: int = 0) -> str:
+    with pytest.raises(DataError) as caught:
+        reader[index]
+    return str(caught.value)
+
+
+def test_registered_with_its_name():
+    assert readers.get("llava") is LlavaSource
+
+
+# Files and encodings
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_byte_order_mark_and_line_ends_are_no_text(tmp_path: Path, lines: bool, mark: bytes, end: bytes):
+    file = Path(write(tmp_path / "train", [talk(("human", "q"), ("gpt", answer)) for answer in ANSWERS], lines))
+    file.write_bytes(mark + file.read_bytes().replace(b"\n", end) + end + end)
+    reader = LlavaSource(file=str(file)).open()
+    assert [supervised(reader[index]) for index in range(len(reader))] == [[answer] for answer in ANSWERS]
+
+
+def test_joined_files_keep_no_byte_order_mark(tmp_path: Path):
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(b"".join(b"\xef\xbb\xbf" + json.dumps(talk(("human", "q"), ("gpt", str(n)))).encode() + b"\n" for n in range(3)))
+    assert [supervised(sample) for sample in LlavaSource(file=str(file)).open()] == [["0"], ["1"], ["2"]]
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_another_encoding_is_refused_with_its_place(tmp_path: Path, lines: bool):
+    file = Path(write(tmp_path / "train.json", [talk(("human", "q"), ("gpt", "é" * 9)), talk(("human", "问"), ("gpt", "答"))], lines))
+    text = file.read_text(encoding="utf-8")
+    for encoding, facts in (("gbk", ["not UTF-8 at byte", "0x"]), ("utf-16", ["UTF-16", "byte 0"]), ("utf-16-be", ["UTF-16-BE"]), ("utf-32", ["UTF-32"])):
+        file.write_bytes(text.encode(encoding))
+        with pytest.raises(DataError) as caught:
+            LlavaSource(file=str(file)).open()
+        assert all(fact in str(caught.value) for fact in ["train.json", "UTF-8", "re-save", *facts])
+
+
+def test_byte_position_is_exact(tmp_path: Path):
+    file = tmp_path / "train.json"
+    head = '[\n{"é": "'.encode()
+    file.write_bytes(head + "出口".encode("gbk") + b'"}]')
+    with pytest.raises(DataError, match=rf"byte {len(head)} \(line 2\)"):
+        LlavaSource(file=str(file)).open()
+
+
+def test_cut_line_is_named(tmp_path: Path):
+    file = Path(write(tmp_path / "train.jsonl", [talk(("human", "q"), ("gpt", "a"))] * 3, lines=True))
+    lines = file.read_bytes().split(b"\n")
+    file.write_bytes(b"\n".join([lines[0], b"", lines[1][:30], lines[2]]))
+    with pytest.raises(DataError, match=r"train\.jsonl, line 3 \(sample 1\)"):
+        LlavaSource(file=str(file)).open()
+    reader = LlavaSource(file=str(file), on_bad="skip").open()
+    assert [sample.where for sample in reader] == [f"{file}, sample 0 (line 1)", f"{file}, sample 2 (line 4)"]
+    assert len(reader.bad) == 1
+    assert "line 3" in str(reader.bad[0])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b + b" x", lambda b: b.replace(b"},\n {", b"}\n {"), lambda b: b[:-1] + b",]"])
+def test_damaged_array_is_named_with_its_place(tmp_path: Path, damage: Any):
+    file = Path(write(tmp_path / "train.json", [talk(("human", "é"), ("gpt", "a"))] * 2))
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError, match=r"train\.json, sample [012]: not JSON at line \d+ column \d+ \(byte \d+\)"):
+        LlavaSource(file=str(file)).open()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b" \n\n", b"\xef\xbb\xbf"])
+def test_empty_file_is_refused(tmp_path: Path, content: bytes):
+    (tmp_path / "train.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"train\.json holds no samples"):
+        LlavaSource(file=str(tmp_path / "train.json")).open()
+
+
+def test_missing_file_is_named():
+    with pytest.raises(DataError, match=r"nowhere\.json"):
+        LlavaSource(file="nowhere.json").open()
+
+
+def test_pickled_reader_is_small_and_reads_the_same(tmp_path: Path):
+    reader = opened(tmp_path, *[talk(("human", "q" * 500), ("gpt", f"é{n}")) for n in range(50)])
+    packed = pickle.dumps(reader)
+    assert len(packed) < 50 * 40 + 1000
+    assert list(pickle.loads(packed)) == list(reader)
+    assert reader[-1] == reader[49]
+    assert reader.file_hash() == hashlib.sha256((tmp_path / "train.json").read_bytes()).hexdigest()
+
+
+def test_changed_file_is_noticed(tmp_path: Path):
+    reader = opened(tmp_path, talk(("human", "q"), ("gpt", "a")))
+    write(tmp_path / "train.json", [talk(("human", "q"), ("gpt", "another"))])
+    assert "was changed" in refusal(reader)
+
+
+# Roles and turns
+
+
+def test_roles_in_any_spelling(tmp_path: Path):
+    reader = opened(
+        tmp_path,
+        talk(("system", "s"), ("HUMAN", "q"), ("Bot", "a")),
+        {"id": 7, "messages": [{"role": "User", "content": "q"}, {"role": "ASSISTANT", "content": "a"}]},
+        {"conversations": [{"role": "user", "content": "q"}, {"from": "gpt", "value": "a"}]},
+        talk(("gpt", "hello"), ("user", "q1"), ("user", "q2"), ("assistant", "a")),
+    )
+    assert [[turn.role for turn in sample.turns] for sample in reader] == [
+        ["system", "user", "assistant"],
+        ["user", "assistant"],
+        ["user", "assistant"],
+        ["assistant", "user", "user", "assistant"],
+    ]
+    assert [sample.id for sample in reader] == ["0", "7", "2", "3"]
+    assert supervised(reader[3]) == ["hello", "a"]
+
+
+def test_trailing_question_is_kept_and_noted(tmp_path: Path):
+    sample = opened(tmp_path, talk(("human", "q"), ("gpt", "a"), ("human", "q2")))[0]
+    assert supervised(sample) == ["a"]
+    assert len(sample.turns) == 3
+    assert sample.notes == ("unsupervised trailing turn",)
+
+
+@pytest.mark.parametrize(
+    ("record", "facts"),
+    [
+        (talk(("human", "q"), ("human", "a")), ["no assistant turn"]),
+        (talk(("human", "q"), ("observation", "x"), ("gpt", "a")), ["turn 1", "unknown role 'observation'", "assistant"]),
+        (talk((None, "q"), ("gpt", "a")), ["turn 0", "unknown role None"]),
+        (talk(), ["no turns"]),
+        ({"id": 1, "text": "x"}, ["no turns", "id, text"]),
+        ({"conversations": "q"}, ["no turns"]),
+        (talk(("human", "q"), ("gpt", None)), ["turn 1 has no text"]),
+        (talk(("human", "q"), ("gpt", " \n")), ["turn 1 has no text"]),
+        (talk(("human", ["q"]), ("gpt", "a")), ["turn 0 has no text"]),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, ["turn 0 has no text"]),
+        ({"messages": [{"role": "user", "content": "q"}], "conversations": []}, ["both"]),
+        (talk(("human", "q"), ("gpt", "\ud83d")), ["turn 1", "half a character"]),
+        ({"conversations": ["q", "a"]}, ["turn 0 is not an object"]),
+        ("text", ["not an object", "str"]),
+        (talk(("human", "q"), ("gpt", "a"), kind=3), ["`kind`"]),
+        (talk(("human", "q"), ("gpt", "a"), independent="yes"), ["`independent`", "yes"]),
+    ],
+)
+def test_bad_record_says_what_and_where(tmp_path: Path, record: Any, facts: list[str]):
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([talk(("human", "q"), ("gpt", "a")), record]))
+    message = refusal(LlavaSource(file=str(file)).open(), 1)
+    assert all(fact in message for fact in [f"{file}, sample 1", *facts]), message
+
+
+def test_skip_leaves_bad_records_out_and_lists_them(tmp_path: Path):
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    good = talk(("human", "<image>q"), ("gpt", "a"), image="a.png")
+    reader = opened(tmp_path, talk(("human", "q")), good, {**good, "image": "gone.png"}, {**good, "image": "../a.png"}, on_bad="skip")
+    assert len(reader) == 1
+    assert reader[0].where.endswith("sample 1")
+    assert [next(word for word in ("no assistant", "gone.png", "leads out") if word in str(error)) for error in reader.bad] == ["no assistant", "gone.png", "leads out"]
+    with pytest.raises(DataError, match=r"no samples.*1 bad records.*no assistant"):
+        opened(tmp_path, talk(("human", "q")), on_bad="skip")
+
+
+def test_kind_of_question_answer_or_sample(tmp_path: Path):
+    def kinds(question: dict[str, str], answer: dict[str, str], **more: Any) -> list[str | None]:
+        turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q", **question}, {"from": "gpt", "value": "a", **answer}]
+        return [turn.kind for turn in opened(tmp_path, {"conversations": turns, **more})[0].turns]
+
+    assert kinds({"kind": "colour"}, {}) == kinds({}, {"kind": "colour"}) == kinds({}, {}, kind="colour") == [None, "colour", "colour"]
+    assert kinds({"kind": "shape"}, {}, kind="colour") == [None, "shape", "shape"]
+    assert kinds({}, {}) == [None, None, None]
+
+
+def test_independent_pairs(tmp_path: Path):
+    pairs = [("human", "<image>\nq1"), ("gpt", "a1"), ("human", "q2"), ("gpt", "a2")]
+    assert opened(tmp_path, talk(*pairs, image="a.png", independent=True))[0].independent
+    assert opened(tmp_path, talk(("system", "s"), *pairs, image="a.png", independent=True))[0].independent
+    for bad, fact in (
+        ([*pairs[:2], ("human", "<image>"), ("gpt", "a2")], "turn 2 brings pictures"),
+        ([*pairs, ("human", "q3")], "turn 4"),
+        ([pairs[0], ("human", "more"), *pairs[1:]], "turn 1"),
+        ([*pairs[:2], ("system", "s"), *pairs[2:]], "turn 0"),
+    ):
+        images = ["a.png"] * sum(text.count("<image>") for _, text in bad)
+        assert fact in refusal(opened(tmp_path, talk(*bad, image=images, independent=True)))
+
+
+# Pictures
+
+
+def test_marks_become_pictures_in_order(tmp_path: Path):
+    reader = opened(
+        tmp_path,
+        talk(("human", "<image>\nq"), ("gpt", "a"), image="a.png"),
+        talk(("system", "<image>"), ("human", "x<image><image> y"), ("gpt", "say <image>"), ("human", "and <image>?"), ("gpt", "b"), images=["1.png", "2.png", "3.png"]),
+        talk(("human", "<Image> &lt;image&gt;"), ("gpt", "a"), image=[]),
+    )
+    assert reader[0].turns[0].parts == (Picture(str(tmp_path / "a.png")), "\nq")
+    first, second, third = (Picture(str(tmp_path / f"{n}.png")) for n in (1, 2, 3))
+    assert [turn.parts for turn in reader[1].turns] == [("<image>",), ("x", first, second, " y"), ("say <image>",), ("and ", third, "?"), ("b",)]
+    assert reader[2].turns[0].parts == ("<Image> &lt;image&gt;",)
+    assert reader[2].modality == "text"
+
+
+@pytest.mark.parametrize(("text", "image", "counts"), [("q", "a", (1, 0)), ("<image>", None, (0, 1)), ("<image><image>", "a", (1, 2)), ("<image>", ["a", "b"], (2, 1))])
+@pytest.mark.parametrize("form", ["conversations", "messages"])
+def test_differing_counts_are_told(tmp_path: Path, text: str, image: Any, counts: tuple[int, int], form: str):
+    role, value = ("from", "value") if form == "conversations" else ("role", "content")
+    record = {form: [{role: "user", value: text}, {role: "assistant", value: "an <image>"}], "image": image}
+    message = refusal(opened(tmp_path, record))
+    assert f"{tmp_path / 'train.json'}, sample 0" in message
+    assert "images {}, placeholders {}".format(*counts) in message
+    assert ("missing_placeholder: prepend" in message) == (counts[1] == 0)
+
+
+def test_missing_marks_are_prepended_where_asked(tmp_path: Path):
+    reader = opened(
+        tmp_path,
+        talk(("gpt", "hello"), ("human", "q"), ("gpt", "a"), image=["1.png", "2.png"]),
+        talk(("human", "<image>q"), ("gpt", "a"), image=["1.png", "2.png"]),
+        missing_placeholder="prepend",
+    )
+    assert reader[0].turns[1].parts == (Picture(str(tmp_path / "1.png")), "\n", Picture(str(tmp_path / "2.png")), "\nq")
+    assert reader[0].notes == ("placeholder prepended",)
+    assert "images 2, placeholders 1" in refusal(reader, 1)
+
+
+@pytest.mark.parametrize("path", ["../x.png", "/x.png", "sub/../../x.png", "link/x.png", "link.png"])
+@pytest.mark.parametrize("many", [False, True])
+def test_pictures_outside_the_folder_are_refused(tmp_path: Path, path: str, many: bool):
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png")
+    (root / "link").symlink_to(tmp_path)
+    (root / "link.png").symlink_to(tmp_path / "x.png")
+    message = refusal(opened(tmp_path, talk(("human", "<image>"), ("gpt", "a"), image=[path] if many else path), images=str(root)))
+    assert "sample 0" in message
+    assert path in message
+    assert "leads out" in message
+
+
+@pytest.mark.parametrize("path", ["http://host/x.png", "HTTPS://host/x.png", "s3://b/x.png", "file:///x.png", "data:image/png;base64,AAAA"])
+def test_remote_pictures_are_refused(tmp_path: Path, path: str):
+    assert "is not a file" in refusal(opened(tmp_path, talk(("human", "<image>"), ("gpt", "a"), image=path)))
+
+
+@pytest.mark.parametrize("path", ["", 3, {"path": "a.png"}, "a\0.png"])
+def test_a_picture_must_be_a_path(tmp_path: Path, path: Any):
+    assert "not a path" in refusal(opened(tmp_path, talk(("human", "<image>"), ("gpt", "a"), image=path)))
+
+
+def test_absent_pictures_do_not_stop_the_reader(tmp_path: Path):
+    sample = opened(tmp_path, talk(("human", "<image>"), ("gpt", "a"), image="gone.png"))[0]
+    with pytest.raises((DataError, OSError), match=r"gone\.png"):
+        sample.pictures[0].read()
+
+
+# The field cases themselves
+
+
+def test_field_bom_crlf(field_folder: Path):
+    case = field_folder / "data_bom_crlf"
+    expected = json.loads((case / "expected.json").read_text(encoding="utf-8"))
+    for name, outcome in expected["files"].items():
+        source = LlavaSource(file=str(case / name))
+        if "error_names" in outcome:
+            with pytest.raises(DataError) as caught:
+                list(source.open())
+            assert all(word in str(caught.value) for word in outcome["error_names"])
+        else:
+            samples = list(source.open())
+            assert [text for sample in samples for text in supervised(sample)] == expected["answers"]
+            assert all(Image.open(io.BytesIO(picture.read())).size for sample in samples for picture in sample.pictures)
+
+
+def test_field_placeholder_count(field_folder: Path):
+    case = field_folder / "data_placeholder_count"
+    expected = json.loads((case / "expected.json").read_text(encoding="utf-8"))
+    reader = LlavaSource(file=str(case / "train.json"), images=str(case / "img")).open()
+    assert len(expected["accepted"]) + len(expected["refused"]) == len(reader)
+    for index, images in expected["accepted"].items():
+        assert len(reader[int(index)].pictures) == images
+    for index, counts in expected["refused"].items():
+        message = refusal(reader, int(index))
+        assert "train.json" in message
+        assert f"sample {index}" in message
+        assert f"images {counts['images']}, placeholders {counts['placeholders']}" in message
+    assert supervised(reader[4]) == [expected["supervised_text_of_4"]]
+    assert names(reader[5]) == expected["image_order_of_5"]
+    assert [[isinstance(part, Picture) for part in turn.parts].count(True) for turn in reader[5].turns] == [1, 0, 1, 0]
+
+
+def test_field_roles(field_folder: Path):
+    case = field_folder / "data_roles"
+    expected = json.loads((case / "expected.json").read_text(encoding="utf-8"))
+    reader = LlavaSource(file=str(case / "train.json")).open()
+    for index, texts in expected["accepted"].items():
+        assert supervised(reader[int(index)]) == texts
+    for index, reason in expected["refused"].items():
+        message = refusal(reader, int(index))
+        assert f"sample {index}" in message
+        assert reason in message
+    assert [index for index in range(9) if reader[index].notes] == [7]
+
+
+# Parquet -> LLaVA
+
+
+def picture_bytes(kind: str, shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4), shade).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def row(number: int, image: str, data: bytes | None, **more: Any) -> dict[str, Any]:
+    return {"id": f"r{number}", "image": data, "image_id": image, "question": f"q{number}?", "answer": f"a{number}", "kind": "k", **more}
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pytest.importorskip("pyarrow", reason="needs the extra `data`")
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_convert_groups_train_and_keeps_bytes(tmp_path: Path):
+    png, jpeg, webp = picture_bytes("PNG", 1), picture_bytes("JPEG", 2), picture_bytes("WEBP", 3)
+    write_parquet(tmp_path / "set" / "train.parquet", [row(0, "one", png), row(1, "a/../b", jpeg), row(2, "one", png, kind="other")])
+    write_parquet(tmp_path / "set" / "val.parquet", [row(3, "one", webp), row(4, "one", webp)])
+    counts = convert_parquet(tmp_path / "set", tmp_path / "out")
+    assert counts == {"train": {"samples": 2, "questions": 3, "pictures": 2}, "val": {"samples": 2, "questions": 2, "pictures": 1}}
+    assert sorted(path.suffix for path in tmp_path.glob("out/pictures/*/*")) == [".jpg", ".png", ".webp"]
+    train, val = (LlavaSource(file=str(tmp_path / "out" / f"{split}.json"), on_bad="skip").open() for split in ("train", "val"))
+    assert not train.bad
+    assert not val.bad
+    assert [sample.id for sample in train] == ["one", "a/../b"]
+    assert [sample.id for sample in val] == ["r3", "r4"]
+    assert train[0].independent
+    assert supervised(train[0]) == ["a0", "a2"]
+    assert [turn.kind for turn in train[0].turns] == ["k", "k", "other", "other"]
+    assert [sample.pictures[0].read() for sample in (train[0], train[1], val[1])] == [png, jpeg, webp]
+    assert convert_parquet(tmp_path / "set", tmp_path / "flat", group=False)["train"]["samples"] == 3
+    assert not LlavaSource(file=str(tmp_path / "flat" / "train.json")).open()[0].independent
+
+
+@pytest.mark.parametrize(
+    ("rows", "fact"),
+    [
+        ([row(0, "x", b"GIF87a"), row(1, "x", b"GIF89a")], "row 1: another picture"),
+        ([row(0, "x", b"text")], "row 0: `image` is not a picture file"),
+        ([row(0, "x", b"GIF87a", answer="fine"), row(1, "x", None)], "row 1: `image` does not hold"),
+        ([row(0, "x", b"GIF87a", question="<image>?")], "row 0: the question holds the placeholder"),
+        ([row(0, "x", b"GIF87a"), row(1, "x", b"GIF87a", answer=None)], "row 1: `answer` is not text"),
+        ([{"id": "x", "image": b"GIF87a"}], "lacks the columns image_id, question, answer"),
+    ],
+)
+def test_convert_names_file_and_row(tmp_path: Path, rows: list[dict[str, Any]], fact: str):
+    file = write_parquet(tmp_path / "train.parquet", rows)
+    with pytest.raises(DataError) as caught:
+        convert_parquet(file, tmp_path / "out")
+    assert fact in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.parquet"]
+
+
+def test_convert_refuses_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigurationError, match="llava"):
+        convert_parquet(tmp_path, tmp_path / "out", "coco")
+    with pytest.raises(DataError, match="no Parquet file"):
+        convert_parquet(tmp_path, tmp_path / "out")
+    (tmp_path / "train.parquet").write_bytes(b"no parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(EnvironmentProblem, match=r"vlm\[data\]"):
+        convert_parquet(tmp_path, tmp_path / "out")
+
+
+def test_new_folder_never_writes_over_another(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    with new_folder(tmp_path / "out") as folder:
+        write_records(folder / "x.json", [{"id": "é"}, {"id": 2}])
+    assert (tmp_path / "out" / "x.json").read_text(encoding="utf-8") == '[\n{"id": "é"},\n{"id": 2}\n]\n'
+    with pytest.raises(DataError, match="is there already"), new_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(KeyError), new_folder(tmp_path / "other"):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_convert_digits_strips(data_folder: Path, tmp_path: Path):
+    pytest.importorskip("pyarrow", reason="needs the extra `data`")
+    assert convert_parquet(data_folder / "digits_strips" / "val.parquet", tmp_path / "out") == {"val": {"samples": 1500, "questions": 1500, "pictures": 300}}
+    reader = LlavaSource(file=str(tmp_path / "out" / "val.json"), on_bad="skip").open()
+    assert len(reader) == 1500
+    assert {sample.turns[1].kind for sample in reader} >= {"read", "count", "parity"}
+    assert Image.open(io.BytesIO(reader[0].pictures[0].read())).size == (112, 28)

@@ -1,0 +1,139 @@
+"""The released prompts and label walks (the numbers of the release itself are in the golden cases arcana_prompt)."""
+
+import re
+from typing import Any
+
+import pytest
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from vlm.errors import ConfigurationError, DataError
+from vlm.prompt_official import IGNORE, IMAGE, TEMPLATES, Labelled, collate, prompt_ids, prompt_text, train_ids_and_labels
+
+SYSTEM = TEMPLATES["v1"].system
+
+
+def tokenizer(legacy: bool = False) -> Any:
+    """Byte-level letters with Vicuna's accident: "USER" is one token right after </s>, two at the start of a string, where a blank mark comes before it."""
+    words = ["<unk>", "<s>", "</s>", "USER", "▁", *(chr(code) for code in range(33, 127)), "\n"]
+    built = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    built.normalizer = normalizers.Replace(" ", "▁")
+    marks = pre_tokenizers.Metaspace("▁", prepend_scheme="always" if legacy else "first", split=False)
+    built.pre_tokenizer = pre_tokenizers.Sequence([marks, pre_tokenizers.Split(Regex("USER|[\\s\\S]"), "isolated")])
+    built.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    built.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+
+
+def said(*values: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[place % 2], "value": value} for place, value in enumerate(values)]
+
+
+def labelled(*values: str, template: str = "v1", has_image: bool = True, limit: int = 2048, legacy: bool = False) -> Labelled:
+    return train_ids_and_labels(said(*values), tokenizer(legacy), template, has_image=has_image, model_max_length=limit, legacy=legacy)
+
+
+def supervised(sample: Labelled) -> str:
+    """The supervised tokens as text, | between stretches."""
+    text = "".join("|" if label == IGNORE else tokenizer().convert_ids_to_tokens(label) for label in sample.labels)
+    return re.sub(r"\|+", "|", text).strip("|")
+
+
+@pytest.mark.parametrize(
+    "template, roles, text",
+    [
+        ("v1", ("USER", "ASSISTANT"), f"{SYSTEM} USER: q ASSISTANT: a</s>USER: r ASSISTANT:"),
+        ("llava_v1", ("USER", "ASSISTANT"), f"{SYSTEM.replace('user', 'human')} USER: q ASSISTANT: a</s>USER: r ASSISTANT:"),
+        ("llava_v0", ("Human", "Assistant"), f"{SYSTEM.replace('user', 'human')}###Human: q###Assistant: a###Human: r###Assistant:"),
+        ("plain", ("", ""), "q\na\nr\n\n"),
+    ],
+)
+def test_templates(template: str, roles: tuple[str, str], text: str) -> None:
+    turns = [(roles[place % 2], words) for place, words in enumerate(("q", "a", "r", None))]
+    assert prompt_text(turns, template) == text
+
+
+def test_ids_keep_one_start_token_and_every_placeholder() -> None:
+    words = tokenizer()
+    ids = prompt_ids("a<image>b<image><image>", words)
+    assert ids == [1, *words("a").input_ids[1:], IMAGE, *words("b").input_ids[1:], IMAGE, IMAGE]
+    assert prompt_ids("<image>", words) == [1, IMAGE]
+    bare = tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert prompt_ids("a<image>b", bare) == [*bare("a").input_ids, IMAGE, *bare("b").input_ids]
+
+
+def test_answers_with_their_end_marks_are_supervised() -> None:
+    for has_image in (True, False):
+        sample = labelled("What?", "A bus.", "Red?", "Yes.", has_image=has_image)
+        assert supervised(sample) == "▁A▁bus.</s>|▁Yes.</s>"
+        assert (len(sample.labels), sample.ignored) == (len(sample.input_ids), "")
+        assert all(label in (IGNORE, token) for label, token in zip(sample.labels, sample.input_ids, strict=True))
+
+
+def test_the_legacy_switch_must_fit_the_tokenizer() -> None:
+    rounds = ("What?", "A bus.", "Red?", "Yes.")
+    assert labelled(*rounds, legacy=True).ignored == ""
+    crossed = train_ids_and_labels(said(*rounds), tokenizer(legacy=False), "v1", has_image=True, model_max_length=2048, legacy=True)
+    assert set(crossed.labels) == {IGNORE}
+    assert re.fullmatch(r"the rounds have (\d+) tokens, the prompt (\d+)", crossed.ignored)
+
+
+def test_placeholders_move_to_the_front_at_most_one_a_turn() -> None:
+    assert "USER: <image>\nand \nCompare. ASSISTANT:" in labelled("<image> and <image>\nCompare.", "No.").prompt
+    assert "USER: <image> ASSISTANT: No.</s>" in labelled("<image>\n", "No.").prompt
+    two = labelled("Look\n<image>", "No.", "<image>\nthis?", "Yes.")
+    assert two.input_ids.count(IMAGE) == 2
+    assert supervised(two) == "▁No.</s>|▁Yes.</s>"
+    assert "USER: a <image> b ASSISTANT:" in labelled("a <image> b", "No.", has_image=False).prompt
+
+
+def test_an_opening_answer_is_dropped() -> None:
+    turns = [{"from": "gpt", "value": "Hello!"}, *said("q", "a")]
+    sample = train_ids_and_labels(turns, tokenizer(), "v1", has_image=False, model_max_length=2048, legacy=False)
+    assert sample.prompt == f"{SYSTEM} USER: q ASSISTANT: a</s>"
+
+
+def test_quirks_that_give_a_sample_up() -> None:
+    assert set(labelled("What is ☃?", "A sign.").labels) == {IGNORE}, "an unknown character counts as padding"
+    assert set(labelled("Who?", "He said ASSISTANT: yes.").labels) == {IGNORE}, "role text in an answer ends the walk"
+    assert set(labelled("Who?", "a</s>b").labels) == {IGNORE}, "an end mark in an answer too"
+
+
+def test_an_empty_answer_has_no_end_mark_and_is_not_learned() -> None:
+    sample = labelled("Describe.", "", "Go on.", "Yes.")
+    assert sample.prompt.endswith("USER: Describe. ASSISTANT:USER: Go on. ASSISTANT: Yes.</s>")
+    assert supervised(sample) == "▁Yes.</s>"
+
+
+def test_a_long_sample_is_not_given_up_but_cut() -> None:
+    text = labelled("q" * 50, "a" * 300, has_image=False, limit=200)
+    assert (len(text.input_ids), text.ignored) == (200, "")
+    pictured = labelled("<image>" + "q" * 50, "a" * 300, limit=200)
+    assert len(pictured.input_ids) > 200
+    assert collate([pictured], 0, 200)["input_ids"].shape == (1, 200)
+
+
+def test_plain_supervises_the_caption_as_it_is_written() -> None:
+    sample = labelled("Describe it.\n<image>", "  a bus ", template="plain")
+    assert sample.prompt == "<image>  a bus \n"
+    assert sample.input_ids[:2] == [1, IMAGE]
+    assert sample.labels == [IGNORE, IGNORE, *sample.input_ids[2:]]
+
+
+def test_collate_pads_right_and_masks_every_pad_id() -> None:
+    batch = collate([Labelled("", [1, 5, 0, 6], [IGNORE, IGNORE, 0, 6]), Labelled("", [1, 7], [IGNORE, 7])], 0, 3)
+    assert batch["input_ids"].tolist() == [[1, 5, 0], [1, 7, 0]]
+    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 0], [IGNORE, 7, IGNORE]]
+    assert batch["attention_mask"].tolist() == [[True, True, False], [True, True, False]]
+
+
+def test_what_was_not_released_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="no label walk was released for template 'llava_v0'"):
+        labelled("q", "a", template="llava_v0")
+    with pytest.raises(ConfigurationError, match="no released template is called 'v2'"):
+        prompt_text([], "v2")
+    with pytest.raises(DataError, match=r"template plain takes .* got 4 turns"):
+        labelled("<image>", "a", "b", "c", template="plain")
+    with pytest.raises(DataError, match=r"do not alternate. got human, human; expected human, gpt"):
+        train_ids_and_labels([{"from": "human", "value": "q"}] * 2, tokenizer(), "v1", has_image=False, model_max_length=9, legacy=False)

@@ -1,0 +1,119 @@
+"""The DeepSpeed engine of a stage: process group, configuration, and what a library fault needs first (feasibility section 2)."""
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vlm.errors import ConfigurationError, EnvironmentProblem
+from vlm.train.config import StageSpec
+
+__all__ = ["Engine", "connect", "deepspeed_config", "precision_of"]
+
+
+def connect() -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun (or nobody: one process) describes. Returns rank, ranks, device."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if "RANK" not in os.environ:  # else DeepSpeed looks for MPI
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        # On CPU DeepSpeed compiles an all-reduce with the system's compiler at the first initialise, and dies where there is none; gloo does without.
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def precision_of(asked: str, device: torch.device) -> torch.dtype:
+    """auto: fp32 on CPU, bf16 on GPUs."""
+    if asked == "auto":
+        asked = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if asked == "bf16" else torch.float32
+
+
+def deepspeed_config(stage: StageSpec, accumulation: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The stage's DeepSpeed configuration with what must always be written: clipping (absent means 1.0), accumulation, precision. Raises ConfigurationError for bf16 at ZeRO 0."""
+    config = {key: dict(value) if isinstance(value, Mapping) else value for key, value in stage.deepspeed.items()}
+    zero = config.setdefault("zero_optimization", {"stage": 0})["stage"]
+    if dtype == torch.bfloat16 and zero == 0:
+        raise ConfigurationError("bf16 at ZeRO 0 rounds differently from ZeRO 1 to 3", got="deepspeed: zero0 with precision bf16", cure="use deepspeed: zero1 or higher, or precision: fp32")
+    return config | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": stage.optimizer.clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+class Engine:
+    """A model under DeepSpeed with the loss divided by what the whole step holds.
+
+    backward takes sums; their divisors are counts over all ranks and micro-batches of the step, so that accumulation and the number of ranks do not change the gradient.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device):
+        import deepspeed
+
+        self.device, self.ranks = device, dist.get_world_size()
+        self.peaks = [group["peak"] for group in optimizer.param_groups]
+        self.paths = [group["path"] for group in optimizer.param_groups]
+        self.inner, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.inner.module
+
+    def forward(self, inputs: Mapping[str, Any]) -> Any:
+        return self.inner(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """loss: this micro-batch's share of the step's loss, sums over global counts. DeepSpeed takes the mean over ranks, so the number of ranks goes in."""
+        self.inner.backward(loss * self.ranks, scale_wrt_gas=False)
+
+    def step(self) -> None:
+        """After every micro-batch; acts at the last of a step."""
+        self.inner.step()
+
+    def set_rates(self, factor: float) -> None:
+        for group, peak in zip(self.inner.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+
+    def gradient_norm(self) -> float | None:
+        norm = self.inner.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sums over all ranks, in double precision."""
+        if self.ranks == 1:
+            return values
+        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(packed)
+        return packed.tolist()
+
+    def save(self, folder: str, tag: str) -> None:
+        self.inner.save_checkpoint(folder, tag=tag, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> None:
+        found, _ = self.inner.load_checkpoint(folder, tag=tag)
+        if found is None:
+            raise EnvironmentProblem(f"DeepSpeed finds no checkpoint in {folder}/{tag}", cure="resume from an older step, by removing this folder")

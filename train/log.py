@@ -1,0 +1,105 @@
+"""What a run says while it goes: a progress line, metrics.jsonl, and the loss curve."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+__all__ = ["Log", "draw_curve"]
+
+
+class Log:
+    """Rank 0's voice; the other ranks keep quiet. Each step's record goes to metrics.jsonl, every `every` steps a line to the terminal."""
+
+    def __init__(self, folder: Path, rank: int, every: int):
+        self.folder, self.loud, self.every = folder, rank == 0, every
+        self.console = Console(stderr=False, quiet=not self.loud, width=None if sys.stdout.isatty() else 180, highlight=False)
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8") if self.loud else None  # noqa: SIM115  open as long as the run
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._window: list[dict[str, Any]] = []
+
+    def begin(self, stage: str, start: int, steps: int) -> None:
+        if not self.loud:
+            return
+        self._stage, self._steps, self._window = stage, steps, []
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task(stage, total=steps, completed=start, facts="")
+            self._progress.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """record: stage, step (from 1), loss, tokens, supervised, seconds, wait, rates, ..."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        self._window.append(record)
+        last = record["step"] == self._steps
+        if record["step"] % self.every and not last:
+            return
+        seconds = sum(entry["seconds"] for entry in self._window)
+        facts = (
+            f"loss {sum(entry['loss'] for entry in self._window) / len(self._window):.4f}  {sum(entry['tokens'] for entry in self._window) / seconds:,.0f} tokens/s  "
+            f"supervised {sum(entry['supervised'] for entry in self._window):,}  data wait {100 * sum(entry['wait'] for entry in self._window) / seconds:.0f} %  "
+            f"memory {record['memory']:.2f} GiB"
+        )
+        left = (self._steps - record["step"]) * seconds / len(self._window)
+        self._window = []
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=record["step"], facts=facts)
+        else:
+            self.console.print(f"{self._stage} {record['step']}/{self._steps}  {facts}  {left:.0f} s left")
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def close(self) -> None:
+        self.end()
+        if self._file is not None:
+            self._file.close()
+
+
+def peak_memory() -> float:
+    """Largest memory of this process so far, GiB: the GPU's where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def draw_curve(folder: Path) -> Path | None:
+    """pictures/loss.png from metrics.jsonl, one colour per stage."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    if not records:
+        return None
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for stage in dict.fromkeys(record["stage"] for record in records):
+        found = {record["total"]: record["loss"] for record in records if record["stage"] == stage}
+        axes.plot(list(found), list(found.values()), linewidth=0.8, label=stage)
+    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    target = folder / "pictures" / "loss.png"
+    target.parent.mkdir(exist_ok=True)
+    figure.savefig(target, dpi=120)
+    return target
+
+
+def now() -> float:
+    return time.perf_counter()

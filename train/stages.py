@@ -1,0 +1,249 @@
+"""A run: its folder, its stages one after another, its export. A stage starts from the folder of the stage before, adds the parts that enter with it, and trains."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from vlm.composition import resolved
+from vlm.config import ModelSpec
+from vlm.data.mixture import Mixture
+from vlm.errors import ConfigurationError
+from vlm.generate import prepare
+from vlm.initial import gathered
+from vlm.loading import build, first_model, form, saved_model
+from vlm.model import VLM
+from vlm.processor import VLMProcessor, load_tokenizer
+from vlm.train import checkpoint
+from vlm.train.config import RunSpec, StageSpec
+from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
+from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
+from vlm.train.log import Log, draw_curve
+from vlm.train.loop import run_steps
+from vlm.train.optim import adamw, plan
+from vlm.train.steps import StepData, accumulation, loader
+
+__all__ = ["fit", "model_at", "run_folder", "stage_mixture"]
+
+
+def run_folder(run: RunSpec) -> Path:
+    return Path(run.runs) / run.name
+
+
+def fit(run: RunSpec, *, resume: bool = False) -> Path:
+    """Train all stages of a run and write its export; returns the run's folder. Called on every rank.
+
+    resume: go on from the newest whole checkpoint. Raises ConfigurationError for an existing folder without resume.
+    """
+    rank, ranks, device = connect()
+    folder = run_folder(run)
+    _open_folder(run, folder, resume, rank)
+    log = Log(folder, rank, run.log_every)
+    try:
+        for index, name in enumerate(run.stages):
+            if not (folder / "stages" / name).is_dir():
+                _Stage(run, index, folder, rank, ranks, device, log).train()
+        if rank == 0:
+            _export(folder, list(run.stages)[-1])
+            draw_curve(folder)
+        dist.barrier()
+        log.console.print(f"finished: {folder}\n  vlm eval {folder}    vlm chat {folder}    vlm export {folder} --to llava")
+    finally:
+        log.close()
+    return folder
+
+
+def stage_mixture(run: RunSpec, index: int, sizes: Mapping[str, int]) -> Mixture:
+    """The order of samples of a stage. sizes: samples per source that the stage names."""
+    stage = list(run.stages.values())[index]
+    weights = None if isinstance(stage.data, str) else dict(stage.data)
+    epochs = stage.epochs if stage.epochs is not None or stage.steps is not None else 1.0
+    return Mixture(sizes, weights, stage.batch, run.seed, index, epochs=epochs, steps=stage.steps)
+
+
+def sources_of(stage: StageSpec) -> tuple[str, ...]:
+    return (stage.data,) if isinstance(stage.data, str) else tuple(stage.data)
+
+
+def model_at(run: RunSpec, index: int) -> ModelSpec:
+    """The model's form in a stage: with the adaptations that have entered by then."""
+    names = list(run.stages)
+    entered = {name: spec for name, spec in run.model.adapt.items() if names.index(spec.since or names[0]) <= index}
+    return replace(run.model, adapt=entered)
+
+
+class _Stage:
+    """One stage on one rank."""
+
+    def __init__(self, run: RunSpec, index: int, folder: Path, rank: int, ranks: int, device: torch.device, log: Log):
+        self.run, self.index, self.folder, self.rank, self.device, self.log = run, index, folder, rank, device, log
+        self.name, self.stage = list(run.stages.items())[index]
+        self.fingerprint = checkpoint.tree_hash({key: value for key, value in resolved(run).items() if key in ("model", "stages", "data", "seed")})
+        self.dtype = precision_of(run.precision, device)
+        self.config = deepspeed_config(self.stage, accumulation(self.stage.batch, self.stage.micro_batch, ranks), self.dtype)
+        self.zero = int(self.config["zero_optimization"]["stage"])
+        tokenizer = load_tokenizer(run.model)
+        self.spec = model_at(run, index)
+        width = form(self.spec, 0).text_config.hidden_size
+        self.processor = VLMProcessor(self.spec, width, tokenizer, self.stage.prompt, self.stage.images.use, self.stage.images.official)
+        self.data = self._data(rank, ranks)
+
+    def _data(self, rank: int, ranks: int) -> StepData:
+        sources = {name: self.run.data[name] for name in sources_of(self.stage)}
+        mixture = stage_mixture(self.run, self.index, {name: len(spec.open()) for name, spec in sources.items()})
+        stage = self.stage
+        return StepData(
+            sources, mixture, self.processor, rank=rank, ranks=ranks, batch=stage.batch, micro_batch=stage.micro_batch, max_length=stage.max_length, too_long=stage.too_long
+        )
+
+    def train(self) -> None:
+        """From the newest checkpoint of this stage, else from the stage before."""
+        found = checkpoint.latest(self.folder / "resume")
+        position = checkpoint.read_position(found, self.fingerprint) if found else None
+        if position is not None and position.stage != self.index:
+            position = None
+        model = self._model(fresh=position is None)
+        groups = plan(dict(model.named_parameters()), model.groups(), self.stage.train, self.stage.optimizer, model.unused())
+        optimizer = adamw(groups, self.stage.optimizer)
+        if self.stage.checkpointing:
+            model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.rank == 0:
+            print_ledger(groups, self.log.console, f"stage {self.name}: {len(self.data)} steps of {self.stage.batch} samples, ZeRO {self.zero}, {self.dtype}")
+            (self.folder / f"ledger-{self.name}.json").write_text(json.dumps(ledger_rows(groups), indent=1), encoding="utf-8")
+        check_ledger(groups, model, optimizer)
+        model.to(self.device)
+        engine = Engine(model, optimizer, self.config, self.device)
+        torch.manual_seed(_seed(self.run.seed, self.index, self.rank + 1))
+        if position is not None and found is not None:
+            checkpoint.restore(found, engine, position, self.zero)
+        self._steps(engine, position.step if position else 0)
+        self._save(model)
+
+    def _model(self, fresh: bool) -> VLM:
+        torch.manual_seed(_seed(self.run.seed, self.index, 0))
+        token = self.processor.image_token_id
+        if not fresh:
+            return build(form(self.spec, token), self.config)
+        if self.index == 0:
+            return first_model(self.spec, token, self.config)
+        before = list(self.run.stages)[self.index - 1]
+        model = saved_model(self.folder / "stages" / before, self.config)
+        for name, adaptation in self.spec.adapt.items():
+            if adaptation.since == self.name:
+                model.add(name, adaptation)
+        return model
+
+    def _steps(self, engine: Engine, start: int) -> None:
+        before = sum(len(self._mixture_of(index)) for index in range(self.index))
+        count, save = len(self.data), self.run.save
+
+        def after(done: int) -> None:
+            if save.every and done % save.every == 0 and done < count:
+                position = checkpoint.Position(self.index, done, before + done, engine.ranks, self.zero, self.fingerprint)
+                checkpoint.save(self.folder / "resume", engine, position, save.keep)
+
+        steps = loader(self.data, start, self.run.workers)
+        run_steps(
+            engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, sources=sources_of(self.stage),
+            dtype=self.dtype, log=self.log, folder=self.folder, after=after,
+        )  # fmt: skip
+
+    def _mixture_of(self, index: int) -> range:
+        stage = list(self.run.stages.values())[index]
+        return range(stage_mixture(self.run, index, {name: len(self.run.data[name].open()) for name in sources_of(stage)}).steps)
+
+    def _save(self, model: VLM) -> None:
+        """stages/NAME: weights, configuration, processor; complete or not there."""
+        final = self.folder / "stages" / self.name
+        partial = final.with_name(f".partial-{self.name}")
+        tensors = _whole_tensors(model)
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            prepare(model, self.processor)
+            model.save_pretrained(partial, state_dict=tensors)
+            self.processor.save_pretrained(partial)
+            os.replace(partial, final)
+        dist.barrier()
+
+
+def _whole_tensors(model: VLM) -> dict[str, torch.Tensor]:
+    """The state dict on rank 0, gathered where ZeRO 3 has partitioned it; tied tensors once."""
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        with gathered([tensor] if isinstance(tensor, torch.nn.Parameter) else []):
+            if dist.get_rank() == 0:
+                tensors[name] = tensor.detach().cpu().clone()
+    return tensors
+
+
+def _seed(seed: int, stage: int, stream: int) -> int:
+    """Distinct seeds for every stage and stream: 0 draws first values, the same on all ranks; 1 + rank is the stream of a rank's dropout."""
+    return (seed * 1_000_003 + stage * 10_007 + stream) % 2**31
+
+
+# ---- the run's folder ----------------------------------------------------------------------------------------------------
+
+
+def _open_folder(run: RunSpec, folder: Path, resume: bool, rank: int) -> None:
+    exists = (folder / "config.yaml").is_file()
+    dist.barrier()
+    if exists and not resume:
+        raise ConfigurationError(f"the run folder {folder} exists already", cure="add --resume to go on, or give the run another name (name=NAME)")
+    if exists or rank:
+        dist.barrier()
+        return
+    (folder / "resume").mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(_environment(), indent=1), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(_manifest(run), indent=1), encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(run), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    dist.barrier()
+
+
+def _environment() -> dict[str, Any]:
+    versions: dict[str, str] = {}
+    for package in ("vlm", "torch", "transformers", "tokenizers", "peft", "deepspeed", "safetensors", "omegaconf", "numpy", "pillow", "datasets", "webdataset"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions, "commit": commit, "devices": devices, "ranks": dist.get_world_size(), "command": sys.argv}
+
+
+def _manifest(run: RunSpec) -> dict[str, Any]:
+    """Which data in which order: files, hashes, sizes, the seed of the order."""
+    used = dict.fromkeys(source for stage in run.stages.values() for source in sources_of(stage))
+    readers = {name: run.data[name].open() for name in used}
+    return {"seed": run.seed, "sources": {name: {"file": run.data[name].file, "sha256": reader.file_hash(), "samples": len(reader)} for name, reader in readers.items()}}
+
+
+def _export(folder: Path, last: str) -> None:
+    """export/ is the last stage's folder under its public name; hard links where the disk has them."""
+    final, partial = folder / "export", folder / ".partial-export"
+    if final.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(folder / "stages" / last, partial, copy_function=os.link)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder / "stages" / last, partial)
+    os.replace(partial, final)

@@ -1,0 +1,53 @@
+"""config.json of a VLM: the parts by name with their numbers, and the decoder's own transformers config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from vlm.composition import from_plain, to_plain
+from vlm.config import LLMSpec, ModelSpec
+
+__all__ = ["VLMConfig"]
+
+
+class VLMConfig(PreTrainedConfig):
+    """Model type "vlm"."""
+
+    model_type = "vlm"
+    sub_configs = {"text_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder: Mapping[str, Any] | None = None,
+        connector: Mapping[str, Any] | None = None,
+        adapt: Mapping[str, Any] | None = None,
+        text_config: Any = None,
+        image_token_id: int | None = None,
+        **kwargs: Any,
+    ):
+        self.encoder, self.connector, self.adapt = dict(encoder or {}), dict(connector or {}), dict(adapt or {})
+        if isinstance(text_config, Mapping):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.image_token_id = image_token_id
+        kwargs.setdefault("tie_word_embeddings", False)  # the decoder ties its own
+        super().__init__(**kwargs)
+
+    @classmethod
+    def of(cls, model: ModelSpec, text_config: Any, image_token_id: int) -> "VLMConfig":
+        """From a composed model and the decoder's transformers config."""
+        adapt = {name: to_plain(spec) for name, spec in model.adapt.items()}
+        return cls(encoder=to_plain(model.encoder), connector=to_plain(model.connector), adapt=adapt, text_config=text_config, image_token_id=image_token_id)
+
+    def spec(self) -> ModelSpec:
+        """The parts' Specs; raises ConfigurationError for a part that nobody registered. No code is imported because a checkpoint names it."""
+        from vlm import connectors, encoders, llm
+
+        return ModelSpec(
+            encoder=from_plain(encoders.registry, self.encoder),
+            connector=from_plain(connectors.registry, self.connector),
+            llm=LLMSpec(config=self.text_config.to_dict()),
+            adapt={name: from_plain(llm.registry, {"use": name, **part}) for name, part in self.adapt.items()},
+        )

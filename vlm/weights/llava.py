@@ -1,0 +1,261 @@
+"""Export as transformers' own `LlavaForConditionalGeneration`: key names, configuration, processor, chat template, generation settings."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.config import ModelSpec
+from vlm.errors import CheckpointError, ConfigurationError
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+    from vlm.processor import VLMProcessor
+    from vlm.prompt import Prompt
+
+__all__ = ["DECODERS", "KEYS", "TOWERS", "Obstacle", "chat_template", "from_llava", "obstacles", "supports", "to_llava", "write"]
+
+KEYS = (
+    ("encoder.tower.", "vision_tower.vision_model."),
+    ("connector.mlp.layers.0.", "multi_modal_projector.linear_1."),
+    ("connector.mlp.layers.2.", "multi_modal_projector.linear_2."),
+    ("llm.model.", "language_model.model."),
+    ("llm.lm_head.", "language_model.lm_head."),
+    ("encoder.tower.", "vision_tower."),
+)
+"""Start of our names -> start of the names in released LLaVA files. Read downwards in both directions; what stands twice on the left is written in its first spelling, and read in both
+(transformers 5 leaves `vision_model.` out when it saves)."""
+
+TOWERS = {"clip": "default", "siglip": "full"}
+"""Encoder -> `vision_feature_select_strategy`: "default" drops the class token, "full" keeps every token."""
+
+DECODERS = ("llama", "qwen2")
+"""Decoder families (`model_type`) that can be exported. LlavaForConditionalGeneration puts a plain linear head without bias on the stack: a family that scales or caps its logits cannot join."""
+
+PLACEHOLDER = "<image>"
+
+
+def to_llava(name: str) -> str:
+    """Name of a parameter of VLM -> its name in a LLaVA file. Raises CheckpointError for a part that LLaVA does not have."""
+    for ours, theirs in KEYS:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise CheckpointError(f"LLaVA has no place for the parameter {name}", expected=f"names that start with {', '.join(dict(KEYS))}")
+
+
+def from_llava(name: str) -> str:
+    """Name in a LLaVA file -> name in VLM; a name that LLaVA does not have comes back as it is, for the loader to report."""
+    for ours, theirs in KEYS:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+# ---- what can be exported ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """part: what cannot be expressed, by its path. got, expected: what it is, what would work."""
+
+    part: str
+    got: str
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.part} is {self.got}, LLaVA has {self.expected}"
+
+
+def obstacles(model: ModelSpec, text_config: Any) -> list[Obstacle]:
+    """All that keeps a model from being a LlavaForConditionalGeneration; empty where nothing does."""
+    encoder, connector = model.encoder, model.connector
+    found = [
+        (encoder.use not in TOWERS, "model.encoder", encoder.use, " or ".join(TOWERS)),
+        (text_config.model_type not in DECODERS, "model.llm", text_config.model_type, " or ".join(DECODERS)),
+        (bool(model.adapt), "model.adapt", ", ".join(model.adapt), "a decoder without adaptations (merge them first, where that is possible)"),
+        (not isinstance(connector.level, int), "model.connector.level", connector.level, "a numbered hidden state, such as -2"),
+    ]
+    if connector.use != "mlp":
+        found.append((True, "model.connector", connector.use, "mlp with depth 2"))
+    else:
+        depth, hidden = connector.depth, connector.hidden  # type: ignore[attr-defined]
+        width = text_config.hidden_size
+        found.append((depth != 2, "model.connector.depth", depth, "2"))
+        found.append((hidden not in (None, width), "model.connector.hidden", hidden, f"the decoder's width, {width}"))
+    if connector.then is not None:
+        found.append((True, "model.connector.then", connector.then.use, "a single connector"))
+    return [Obstacle(part, str(got), expected) for bad, part, got, expected in found if bad]
+
+
+def supports(model: ModelSpec, text_config: Any) -> bool:
+    """Can this model be exported as LLaVA?"""
+    return not obstacles(model, text_config)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------------
+
+
+def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
+    """Model, configuration, processor and generation settings into `folder`, dtypes kept.
+
+    Raises ConfigurationError where a part, the picture policy or the tokenizer cannot be expressed.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    if found := obstacles(model.spec, model.config.text_config):
+        raise ConfigurationError(f"this model cannot be exported as LLaVA: {'; '.join(map(str, found))}", cure="export a model of these parts, or load it through vlm or the Auto classes")
+    exported = _processor(processor)
+    folder.mkdir(parents=True, exist_ok=True)
+    tied = set(model._tied_weights_keys or ())
+    tensors = {to_llava(name): tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    _config(model).save_pretrained(folder)
+    _generation(model, processor).save_pretrained(folder)
+    exported.save_pretrained(folder)
+
+
+def _config(model: "VLM") -> Any:
+    from transformers import LlavaConfig
+
+    encoder: Any = model.spec.encoder
+    config = LlavaConfig(
+        vision_config=copy.deepcopy(model.encoder.tower.config),  # type: ignore[union-attr]
+        text_config=copy.deepcopy(model.config.text_config),
+        image_token_index=model.config.image_token_id,
+        image_seq_length=(encoder.size // encoder.patch) ** 2,
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=True,
+        vision_feature_layer=model.spec.connector.level,
+        vision_feature_select_strategy=TOWERS[encoder.use],
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=model.dtype,
+    )
+    return config
+
+
+def _generation(model: "VLM", processor: "VLMProcessor") -> Any:
+    """The model's own settings; it stops at every end token that the model, the tokenizer or the prompt names."""
+    config = copy.deepcopy(model.generation_config)
+    named = [config.eos_token_id, getattr(model.config.text_config, "eos_token_id", None), processor.tokenizer.eos_token_id, list(processor.prompt.end_ids)]
+    config.eos_token_id = sorted({one for ids in named if ids is not None for one in (ids if isinstance(ids, list | tuple) else [ids])})
+    config.bos_token_id = processor.tokenizer.bos_token_id
+    config.pad_token_id = processor.pad_id
+    return config
+
+
+# ---- processor -----------------------------------------------------------------------------------------------------------
+
+
+def _processor(processor: "VLMProcessor") -> Any:
+    from transformers import LlavaProcessor
+
+    encoder: Any = processor.model.encoder
+    tokenizer = _tokenizer(processor.tokenizer)
+    tokenizer.chat_template = chat_template(processor.prompt)
+    return LlavaProcessor(
+        image_processor=_image_processor(processor),
+        tokenizer=tokenizer,
+        patch_size=encoder.patch,
+        vision_feature_select_strategy=TOWERS[encoder.use],
+        num_additional_image_tokens=encoder.prefix,
+        chat_template=tokenizer.chat_template,
+        image_token=PLACEHOLDER,
+    )
+
+
+def _image_processor(processor: "VLMProcessor") -> Any:
+    """The picture policy and the encoder's own fitting as settings of a public class: pad is LLaVA's, crop is CLIP's, squash is SigLIP's.
+
+    Our pixels are Pillow's: load with `backend="pil"` where they must be reproduced to the last bit. Pictures 3 pixels high of an `official` encoder are the one exception.
+    """
+    from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, SiglipImageProcessorPil
+
+    encoder: Any = processor.model.encoder
+    shape = encoder.fit if processor.policy in ("native", "pad") else processor.policy
+    if shape not in ("crop", "squash"):
+        raise ConfigurationError(f"LLaVA's image processors cannot express the picture policy {processor.policy!r}", expected="native, pad, crop or squash")
+    settings: dict[str, Any] = {
+        "size": {"shortest_edge": encoder.size} if shape == "crop" else {"height": encoder.size, "width": encoder.size},
+        "crop_size": {"height": encoder.size, "width": encoder.size},
+        "do_center_crop": shape == "crop",
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
+    }
+    if processor.policy == "pad":
+        return LlavaImageProcessorPil(do_pad=True, **settings)
+    return CLIPImageProcessorPil(**settings) if shape == "crop" else SiglipImageProcessorPil(**settings)
+
+
+def _tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer that reads a rendered conversation as training does: it adds no token of its own (the template writes the first one), and no word-boundary mark behind a control token."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ConfigurationError(f"a {type(tokenizer).__name__} cannot be written as tokenizer.json", expected="a tokenizer of the tokenizers library", cure="convert it, and train with the converted one")
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["post_processor"] = content["truncation"] = content["padding"] = None
+    _mark_first_word_only(content)
+    names = {name: str(value) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := getattr(tokenizer, name)) is not None}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), clean_up_tokenization_spaces=False, padding_side="left", model_max_length=tokenizer.model_max_length, **names
+    )
+
+
+def _mark_first_word_only(content: dict[str, Any]) -> None:
+    """SentencePiece-like tokenizers that put a mark in front of every piece do so at the very beginning only."""
+    steps = content["normalizer"]["normalizers"] if (content["normalizer"] or {}).get("type") == "Sequence" else []
+    if content["pre_tokenizer"] is None and any(step["type"] == "Prepend" for step in steps):
+        kept = [step for step in steps if step["type"] != "Prepend" and not (step["type"] == "Replace" and step["content"] == "▁")]
+        content["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
+        content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    elif content["pre_tokenizer"] is not None and content["pre_tokenizer"].get("prepend_scheme") == "always":
+        content["pre_tokenizer"]["prepend_scheme"] = "first"
+
+
+_FLATTEN = r"""{%- set exported = namespace(turns=[], has_system=false) -%}
+{%- for m in messages -%}
+{%- set part = namespace(text='') -%}
+{%- if m['content'] is string or m['content'] is not iterable -%}{%- set part.text = m['content'] -%}
+{%- else -%}{%- for one in m['content'] -%}{%- set part.text = part.text + ('<image>' if one['type'] == 'image' else one['text']) -%}{%- endfor -%}{%- endif -%}
+{%- set exported.turns = exported.turns + [dict(m, content=part.text)] -%}
+{%- if m['role'] == 'system' -%}{%- set exported.has_system = true -%}{%- endif -%}
+{%- endfor -%}
+"""
+_SYSTEM = r"""{%- if not exported.has_system -%}{%- set exported.turns = [{'role': 'system', 'content': SYSTEM}] + exported.turns -%}{%- endif -%}
+"""
+_FOLD = r"""{%- set held = namespace(turns=[], system='') -%}
+{%- for m in exported.turns if m['role'] == 'system' -%}{%- set held.system = held.system + m['content'] -%}{%- endfor -%}
+{%- for m in exported.turns if m['role'] != 'system' -%}
+{%- if m['role'] == 'user' and held.system -%}
+{%- set held.turns = held.turns + [dict(m, content=held.system + '\n\n' + m['content'])] -%}{%- set held.system = '' -%}
+{%- else -%}{%- set held.turns = held.turns + [m] -%}{%- endif -%}
+{%- endfor -%}
+{%- set exported.turns = held.turns -%}
+"""
+_PICTURES_ONLY = r"""{%- set held = namespace(turns=[]) -%}
+{%- for m in exported.turns if m['role'] != 'system' -%}
+{%- set held.turns = held.turns + [dict(m, content='<image>' * (m['content'].split('<image>') | length - 1)) if m['role'] == 'user' else m] -%}
+{%- endfor -%}
+{%- set exported.turns = held.turns -%}
+"""
+_NO_DATE = "{%- macro strftime_now(form) -%}{%- endmacro -%}\n"
+
+
+def chat_template(prompt: "Prompt") -> str:
+    """The prompt's own Jinja text behind a preamble that makes plain strings of content lists ({"type": "image"} becomes `<image>`) and does with the system text what training did."""
+    template, spec = prompt.template, prompt.spec
+    system = template.system if spec.system is None else spec.system
+    preamble = _FLATTEN
+    if template.pictures_only:
+        preamble += _PICTURES_ONLY
+    else:
+        if spec.fold_system == "fold" and not prompt._keeps_system:
+            preamble += _FOLD
+        if system:
+            preamble += _SYSTEM.replace("SYSTEM", json.dumps(system, ensure_ascii=False))  # JSON's escapes are Jinja's
+    if "strftime_now" in template.chat:
+        preamble += _NO_DATE  # training shows no date
+    # The line break behind the last tag is eaten by trim_blocks, under which transformers and we render.
+    return preamble + "{%- set messages = exported.turns %}\n" + template.chat
