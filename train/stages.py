@@ -100,12 +100,13 @@ class _Stage:
         self.data = self._data(rank, ranks)
 
     def _data(self, rank: int, ranks: int) -> StepData:
-        sources = {name: self.run.data[name] for name in sources_of(self.stage)}
-        mixture = stage_mixture(self.run, self.index, {name: len(spec.open()) for name, spec in sources.items()})
-        stage = self.stage
+        stage, sources = self.stage, {name: self.run.data[name] for name in sources_of(self.stage)}
+        readers = {name: spec.open() for name, spec in sources.items()}
         return StepData(
-            sources, mixture, self.processor, rank=rank, ranks=ranks, batch=stage.batch, micro_batch=stage.micro_batch, max_length=stage.max_length, too_long=stage.too_long
-        )
+            readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}), self.processor,
+            skip=[name for name, spec in sources.items() if spec.on_bad == "skip"],
+            rank=rank, ranks=ranks, batch=stage.batch, micro_batch=stage.micro_batch, max_length=stage.max_length, too_long=stage.too_long,
+        )  # fmt: skip
 
     def train(self) -> None:
         """From the newest checkpoint of this stage, else from the stage before."""

@@ -1,7 +1,8 @@
 """A step's samples -> this rank's micro-batches. Runs in data workers; a pure function of (seed, stage, step), so that resuming needs one integer."""
 
 import math
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,36 +54,47 @@ class Step:
 class StepData(Dataset[Step]):
     """Step number -> Step, for one rank.
 
-    sources: name -> reader spec. Samples of a step are dealt to the ranks in turn; a rank sorts its share by length and cuts it into equally many micro-batches on every rank; one without samples
-    holds an empty row, so that every rank calls the model equally often.
+    readers: name -> opened reader; skip: names of those whose bad samples are left out. Samples of a step are dealt to the ranks in an order of the step's own (sources that take turns would else
+    each fall to one rank); a rank sorts its share by length and cuts it into equally many micro-batches on every rank; one without samples holds an empty row, so that every rank calls the model
+    equally often.
     """
 
-    def __init__(self, sources: Mapping[str, Any], mixture: Mixture, processor: VLMProcessor, *, rank: int, ranks: int, batch: int, micro_batch: int, max_length: int, too_long: str):
-        self.sources, self.mixture, self.processor = dict(sources), mixture, processor
+    def __init__(
+        self,
+        readers: Mapping[str, Any],
+        mixture: Mixture,
+        processor: VLMProcessor,
+        *,
+        skip: Collection[str] = (),
+        rank: int,
+        ranks: int,
+        batch: int,
+        micro_batch: int,
+        max_length: int,
+        too_long: str,
+    ):
+        self.readers, self.skip, self.mixture, self.processor = dict(readers), frozenset(skip), mixture, processor
         self.rank, self.ranks, self.count = rank, ranks, accumulation(batch, micro_batch, ranks)
         self.max_length, self.too_long = max_length, too_long
-        self._readers: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return self.mixture.steps
 
     def __getitem__(self, number: int) -> Step:
         step = Step(number, [])
-        rows = [row for source, index in self.mixture.step(number)[self.rank :: self.ranks] if (row := self._row(source, index, step)) is not None]
+        samples = self.mixture.step(number)
+        random.Random(number).shuffle(samples)
+        rows = [row for source, index in samples[self.rank :: self.ranks] if (row := self._row(source, index, step)) is not None]
         rows.sort(key=len)
         edges = [round(part * len(rows) / self.count) for part in range(self.count + 1)]
         step.micro_batches = [self._micro_batch(rows[start:end]) for start, end in zip(edges[:-1], edges[1:], strict=True)]
         return step
 
     def _row(self, source: str, index: int, step: Step) -> Row | None:
-        spec = self.sources[source]
         try:
-            if source not in self._readers:
-                self._readers[source] = spec.open()
-            sample = self._readers[source][index]
-            row = self.processor.row(sample, max_length=self.max_length, too_long=self.too_long)
+            row = self.processor.row(self.readers[source][index], max_length=self.max_length, too_long=self.too_long)
         except DataError as problem:
-            if getattr(spec, "on_bad", "error") == "error":
+            if source not in self.skip:
                 raise
             step.skipped.append({"source": source, "index": str(index), "reason": str(problem)})
             return None
@@ -105,8 +117,16 @@ class StepData(Dataset[Step]):
 
 
 def loader(data: StepData, start: int, workers: int) -> Iterator[Step]:
-    """Steps from `start` on, prepared by worker processes; with 0 workers in this one."""
-    steps = DataLoader(data, batch_size=None, sampler=range(start, len(data)), num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_one_thread)
+    """Steps from `start` on, prepared by worker processes; with 0 workers in this one. Its own generator: a loader that drew from the default one would shift what a resumed run draws."""
+    steps = DataLoader(
+        data,
+        batch_size=None,
+        sampler=range(start, len(data)),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread,
+        generator=torch.Generator(),
+    )
     return iter(steps)
 
 

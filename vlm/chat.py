@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["chat"]
+__all__ = ["converse"]
 
 HELP = "Ask, or: /image PATH (a picture for the next question), /reset (begin anew), /quit"
 
 
-def chat(
+def converse(
     model: "VLM",
     processor: "VLMProcessor",
     *,
@@ -34,25 +34,25 @@ def chat(
 
     Raises DataError for a picture that cannot be read where `prompt` is given; in a conversation it is said and the talk goes on.
     """
-    talk = _Talk(model, processor, system, max_new_tokens, write)
+    conversation = _Conversation(model, processor, system, max_new_tokens, write)
     if prompt is not None:
         for image in images:
-            talk.add(image)
-        talk.ask(prompt)
+            conversation.add(image)
+        conversation.ask(prompt)
         return
     write(HELP)
     for image in images:
-        talk.attempt(talk.add, image)
+        conversation.attempt(conversation.add, image)
     while (line := _line(read)) is not None:
         command, _, rest = line.strip().partition(" ")
         if command == "/quit":
             return
         if command == "/reset":
-            talk.reset()
+            conversation.reset()
         elif command == "/image":
-            talk.attempt(talk.add, rest.strip())
+            conversation.attempt(conversation.add, rest.strip())
         elif command:
-            talk.attempt(talk.ask, line)
+            conversation.attempt(conversation.ask, line)
 
 
 def _line(read: Callable[[str], str]) -> str | None:
@@ -63,7 +63,7 @@ def _line(read: Callable[[str], str]) -> str | None:
         return None
 
 
-class _Talk:
+class _Conversation:
     """The turns so far and the pictures that wait for the next question."""
 
     def __init__(self, model: "VLM", processor: "VLMProcessor", system: str | None, max_new_tokens: int, write: Callable[..., Any]):
@@ -83,8 +83,9 @@ class _Talk:
         """A picture for the next question, read once now so that the error comes where it was named."""
         if not image:
             raise DataError("/image names no picture", cure="write /image PATH")
-        self.processor.see(picture(image), where=str(image) if not isinstance(image, bytes) else "")
-        self.waiting.append(picture(image))
+        one = picture(image)
+        self.processor.see(one, where=one.path)
+        self.waiting.append(one)
 
     def reset(self) -> None:
         """Forget turns and pictures."""

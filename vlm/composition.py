@@ -113,7 +113,7 @@ def _plain(value: Any, key: str) -> Any:
     if dataclasses.is_dataclass(value):
         own = {f.name: _plain(getattr(value, f.name), f.metadata.get("key", "use")) for f in dataclasses.fields(value) if f.init}
         name = getattr(value, "use", None)
-        return {key: name, **own} if isinstance(name, str) and "use" not in own else own
+        return {key: name, **own} if isinstance(name, str) else own
     if isinstance(value, Mapping):
         return {k: _plain(v, key) for k, v in value.items()}
     return [_plain(v, key) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Batched and streamed generation: what chat, evaluation and validation use. Batched = single and cached = uncached are promises of the model; here stand when an answer ends and what its text is."""
+"""Batched and streamed generation for chat, evaluation and validation: when an answer ends, and what its text is."""
 
 import io
 import queue
@@ -21,7 +21,7 @@ from vlm.processor import Row, VLMProcessor, collate
 if TYPE_CHECKING:
     from vlm.model import VLM
 
-__all__ = ["Answer", "HeldPicture", "PictureLike", "TextStream", "answer", "blank", "decode", "generate", "picture", "prepare", "question", "stop_ids", "stream"]
+__all__ = ["Answer", "HeldPicture", "PictureLike", "TextStream", "answer", "answer_all", "blank", "decode", "picture", "prepare", "question", "stop_ids", "stream"]
 
 SORTED_TOGETHER = 16
 """Batches whose rows are sorted by length together: their pictures are in memory at once."""
@@ -31,7 +31,10 @@ REPLACEMENT = "\ufffd"
 
 @dataclass(frozen=True)
 class Answer:
-    """text: without the end mark and without the blank that the template writes in front of an answer. ids: what was generated, end mark included. finish_reason: "stop", or "length" where max_new_tokens ended it."""
+    """text: without the end mark and without the blank that the template writes in front of an answer. ids: what was generated, end mark included.
+
+    finish_reason: "stop", or "length" where max_new_tokens ended it.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -44,8 +47,8 @@ class Answer:
 def stop_ids(model: "VLM", processor: VLMProcessor) -> tuple[int, ...]:
     """Every id that ends an answer, ascending: of the generation configs, the decoder's config, the tokenizer and the prompt's end mark.
 
-    A decoder's config carries its family's default where nobody wrote one (Llama: 2), and that id may be an ordinary word of another tokenizer: from configs only control tokens count. A generation
-    config that somebody wrote is taken at its word.
+    A decoder's config carries its family's default where nobody wrote one (Llama: 2), and that id may be an ordinary word of another tokenizer: from it only control tokens count.
+    A generation config that somebody wrote is taken at its word.
     """
     control = set(processor.prompt.text.control.values())
     found = {*processor.prompt.end_ids, *_ids(processor.tokenizer.eos_token_id), *(_ids(getattr(model.config.text_config, "eos_token_id", None)) & control)}
@@ -88,7 +91,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def blank(processor: VLMProcessor) -> str:
     """What decoding gives in front of an answer although it is the template's: " " where it writes "ASSISTANT:" for inference and "ASSISTANT: red" for training."""
     word = "a"
-    encoded = processor.prompt.encode((Turn("user", ("q",)), Turn("assistant", (word,), supervised=True)))
+    encoded = processor.prompt.encode((Turn("user", (Picture(""), "q")), Turn("assistant", (word,), supervised=True)))
     shown = decode(processor.tokenizer, [index for index, supervised in zip(encoded.ids, encoded.supervised, strict=True) if supervised])
     head, found, _ = shown.partition(word)
     return head if found else ""
@@ -97,15 +100,13 @@ def blank(processor: VLMProcessor) -> str:
 class TextStream:
     """Token ids in, text out, as soon as it is certain. Joined, the chunks are `decode` of all ids, less `blank` at their start.
 
-    Certain means: whatever follows, this text stays. Held back are ends of a character, and runs of byte tokens (`<0xE5>`): one byte that does not fit turns a whole run into U+FFFD. U+FFFD is therefore
-    only ever in what `finish` gives.
+    Certain: it stays, whatever follows. Held back are parts of a character, and runs of byte tokens (`<0xE5>`): one byte that does not fit turns the whole run into U+FFFD.
+    U+FFFD is therefore only ever in what `finish` gives.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, blank: str = ""):
         self._tokenizer, self._blank = tokenizer, blank
-        names = [f"<0x{byte:02X}>" for byte in range(256)]
-        found = tokenizer.convert_tokens_to_ids(names)
-        self._bytes = {index for name, index in zip(names, found, strict=True) if index is not None and tokenizer.convert_ids_to_tokens(index) == name}
+        self._bytes = _known(tokenizer, [f"<0x{byte:02X}>" for byte in range(256)])
         self._ids: list[int] = []
         self._window = 0  # decoding starts here, at the ids sent last, so that long answers cost no more per token than short ones
         self._sent = 0  # ids
@@ -133,6 +134,12 @@ class TextStream:
     def _take(self, text: str) -> str:
         first, self._length = not self._length, self._length + len(text)
         return text.removeprefix(self._blank) if first else text
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> set[int]:
+    """Ids of those tokens that the tokenizer has; for others it gives the id of its unknown token."""
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+    return {index for token, index in zip(tokens, ids, strict=True) if isinstance(index, int) and tokenizer.convert_ids_to_tokens(index) == token}
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------------
@@ -170,19 +177,19 @@ def question(text: str, pictures: Iterable[Picture] = ()) -> Turn:
 
 
 def answer(model: "VLM", processor: VLMProcessor, text: str, images: Iterable[PictureLike] = (), *, system: str | None = None, max_new_tokens: int = 512, **sampling: Any) -> str:
-    """The answer to one question about pictures (paths, bytes or Pillow images). sampling: arguments of transformers' generate; greedy without. Raises DataError for a picture that cannot be read."""
+    """The answer to one question about pictures. sampling: arguments of transformers' generate; greedy without. Raises DataError for a picture that cannot be read."""
     turns = (*((Turn("system", (system,)),) if system else ()), question(text, [picture(image) for image in images]))
-    return generate(model, processor, [Sample("question", turns)], batch_size=1, max_new_tokens=max_new_tokens, **sampling)[0].text
+    return answer_all(model, processor, [Sample("question", turns)], batch_size=1, max_new_tokens=max_new_tokens, **sampling)[0].text
 
 
 # ---- generation ----------------------------------------------------------------------------------------------------------
 
 
-def generate(model: "VLM", processor: VLMProcessor, samples: Sequence[Sample], *, batch_size: int, max_new_tokens: int, **sampling: Any) -> list[Answer]:
-    """Answers to samples that end in a question, in their order.
+def answer_all(model: "VLM", processor: VLMProcessor, samples: Sequence[Sample], *, batch_size: int, max_new_tokens: int, **sampling: Any) -> list[Answer]:
+    """The answers to samples that end in a question, in their order.
 
-    Rows are sorted by length, padded on the left and given to the model batch_size at a time. sampling: arguments of transformers' generate; greedy without. Raises DataError where a picture
-    cannot be read or a row leaves no room for an answer.
+    Rows are sorted by length, padded on the left and given to the model batch_size at a time. sampling: arguments of transformers' generate; greedy without.
+    Raises DataError where a picture cannot be read or a row leaves no room for an answer.
     """
     settings = _settings(model, processor) | {"do_sample": False, "max_new_tokens": max_new_tokens, **sampling}
     stops, lead = set(settings["eos_token_id"]), blank(processor)

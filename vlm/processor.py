@@ -117,7 +117,7 @@ class VLMProcessor:
             image = open_picture(_bytes(picture, where), where=where, official=self.official_pictures)
         size = image.size
         encoder = self.model.encoder
-        image = apply_policy(self.policy, image, mean=getattr(encoder, "mean", None), size=getattr(encoder, "size", None))
+        image = apply_policy(self.policy, image, mean=getattr(encoder, "mean", None), size=getattr(encoder, "size", None), official=self.official_pictures)
         return ImageInput(encoder.preprocess(image, mode), *size, self.layout(*size, mode))
 
     def _policy_size(self, width: int, height: int) -> tuple[int, int]:

@@ -100,6 +100,8 @@ class MoESpec(AdaptationSpec):
     top_k: int = 1
     balance: float = 0.0
     capacity: float | Literal["dropless"] = "dropless"
+    every: float | int = 1
+    noise: Literal[0, 1] = 0
 
 
 @ADAPTATIONS.register("mod")
@@ -326,6 +328,10 @@ class TestNames:
         assert compose(Run, "arcana_7b", ["model.connector.then.use=hybrid_mlp"], configs=configs).model.connector.then == HybridMLPSpec()
         assert compose(Run, "arcana_7b", ["model.connector.then={use: mlp, level: 3}"], configs=configs).model.connector.then == MLPSpec(depth=3, level=3)
 
+    def test_an_adaptation_s_key_counts_as_its_use(self, configs):
+        assert compose(Run, "arcana_7b", ["model.adapt.mm_lora={use: mm_lora, scale: 3}"], configs=configs).model.adapt["mm_lora"].rank == {"vision": 64, "language": 192}
+        assert compose(Run, "arcana_7b", ["model.adapt.mm_lora={use: moe, experts: 3}"], configs=configs).model.adapt["mm_lora"] == MoESpec(experts=3)
+
     def test_then_and_parts_of_parts_take_names(self, configs):
         run = compose(Run, "arcana_7b", ["model.connector.then=mlp", "model.encoder=sam_b_siglip_l_1024", "model.encoder.high=clip_b"], configs=configs)
         assert run.model.connector.then == MLPSpec()
@@ -535,9 +541,9 @@ class TestTypes:
         assert run.model.encoder == TowerSpec(mean=(1.0, 0.2, 1e-3), levels=(1, 2, 3))
         assert run.model.connector.level == "final"
         assert run.model.llm.dtype == "bfloat16"
-        moe = compose(Run, "small", ["model.adapt.moe={layers: [0, 2], capacity: 2}"], configs=configs).model.adapt["moe"]
-        assert (moe.layers, moe.capacity) == ((0, 2), 2.0)
-        assert type(moe.capacity) is float
+        moe = compose(Run, "small", ["model.adapt.moe={layers: [0, 2], capacity: 2, every: 2}"], configs=configs).model.adapt["moe"]
+        assert (moe.layers, moe.capacity, moe.every) == ((0, 2), 2.0, 2)
+        assert (type(moe.capacity), type(moe.every)) == (float, int)
 
     @pytest.mark.parametrize(
         "override, message",
@@ -558,6 +564,7 @@ class TestTypes:
             ("stages.align.data=[captions]", "expected str or a mapping"),
             ("stages.align.data={captions: most}", "stages.align.data.captions"),
             ("stages.align.images=null", "got null"),
+            ("model.adapt.moe.noise=true", "expected one of 0, 1"),
             ("model.adapt=moe", "expected a mapping by name"),
             ("model.adapt.moe=3", "whose `use:` names a registered adaptation"),
             ("eval={1: heldout}", "expected names that are text. quote it: '1'"),

@@ -24,14 +24,14 @@ KEYS = (
     ("llm.lm_head.", "language_model.lm_head."),
     ("encoder.tower.", "vision_tower."),
 )
-"""Start of our names -> start of the names in released LLaVA files. Read downwards in both directions; what stands twice on the left is written in its first spelling, and read in both
-(transformers 5 leaves `vision_model.` out when it saves)."""
+"""Start of our names -> start of the names in released LLaVA files. Read downwards in both directions: what stands twice on the left is written in its
+first spelling and read in both. The second one is how transformers 5 saves."""
 
 TOWERS = {"clip": "default", "siglip": "full"}
 """Encoder -> `vision_feature_select_strategy`: "default" drops the class token, "full" keeps every token."""
 
 DECODERS = ("llama", "qwen2")
-"""Decoder families (`model_type`) that can be exported. LlavaForConditionalGeneration puts a plain linear head without bias on the stack: a family that scales or caps its logits cannot join."""
+"""Decoder families (`model_type`) that can be exported. LlavaForConditionalGeneration has a plain linear head without bias: a family that scales or caps its logits cannot join."""
 
 PLACEHOLDER = "<image>"
 
@@ -104,7 +104,9 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     if found := obstacles(model.spec, model.config.text_config):
-        raise ConfigurationError(f"this model cannot be exported as LLaVA: {'; '.join(map(str, found))}", cure="export a model of these parts, or load it through vlm or the Auto classes")
+        raise ConfigurationError(
+            f"this model cannot be exported as LLaVA: {'; '.join(map(str, found))}", cure="export a model of these parts, or load it through vlm or the Auto classes"
+        )
     exported = _processor(processor)
     folder.mkdir(parents=True, exist_ok=True)
     tied = set(model._tied_weights_keys or ())
@@ -119,28 +121,29 @@ def _config(model: "VLM") -> Any:
     from transformers import LlavaConfig
 
     encoder: Any = model.spec.encoder
-    config = LlavaConfig(
+    level: Any = model.spec.connector.level
+    strategy: Any = TOWERS[encoder.use]
+    return LlavaConfig(
         vision_config=copy.deepcopy(model.encoder.tower.config),  # type: ignore[union-attr]
         text_config=copy.deepcopy(model.config.text_config),
         image_token_index=model.config.image_token_id,
         image_seq_length=(encoder.size // encoder.patch) ** 2,
         projector_hidden_act="gelu",
         multimodal_projector_bias=True,
-        vision_feature_layer=model.spec.connector.level,
-        vision_feature_select_strategy=TOWERS[encoder.use],
+        vision_feature_layer=level or -encoder.depth - 1,  # transformers 5.23 takes 0 for "no hidden states wanted"
+        vision_feature_select_strategy=strategy,
         architectures=["LlavaForConditionalGeneration"],
         dtype=model.dtype,
     )
-    return config
 
 
 def _generation(model: "VLM", processor: "VLMProcessor") -> Any:
-    """The model's own settings; it stops at every end token that the model, the tokenizer or the prompt names."""
-    config = copy.deepcopy(model.generation_config)
-    named = [config.eos_token_id, getattr(model.config.text_config, "eos_token_id", None), processor.tokenizer.eos_token_id, list(processor.prompt.end_ids)]
-    config.eos_token_id = sorted({one for ids in named if ids is not None for one in (ids if isinstance(ids, list | tuple) else [ids])})
+    """The model's own settings, with how an answer ends and what is never said."""
+    from vlm.generate import prepare
+
+    prepare(model, processor)
+    config: Any = copy.deepcopy(model.generation_config)
     config.bos_token_id = processor.tokenizer.bos_token_id
-    config.pad_token_id = processor.pad_id
     return config
 
 
@@ -188,12 +191,16 @@ def _image_processor(processor: "VLMProcessor") -> Any:
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer that reads a rendered conversation as training does: it adds no token of its own (the template writes the first one), and no word-boundary mark behind a control token."""
+    """A tokenizer that reads a rendered conversation as training does: it adds no token of its own (the template writes the first one) and no word mark behind a control token."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ConfigurationError(f"a {type(tokenizer).__name__} cannot be written as tokenizer.json", expected="a tokenizer of the tokenizers library", cure="convert it, and train with the converted one")
+        raise ConfigurationError(
+            f"a {type(tokenizer).__name__} cannot be written as tokenizer.json",
+            expected="a tokenizer of the tokenizers library",
+            cure="convert it, and train with the converted one",
+        )
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["post_processor"] = content["truncation"] = content["padding"] = None
     _mark_first_word_only(content)
@@ -244,7 +251,7 @@ _NO_DATE = "{%- macro strftime_now(form) -%}{%- endmacro -%}\n"
 
 
 def chat_template(prompt: "Prompt") -> str:
-    """The prompt's own Jinja text behind a preamble that makes plain strings of content lists ({"type": "image"} becomes `<image>`) and does with the system text what training did."""
+    """The prompt's own Jinja text behind a preamble: content lists become strings ({"type": "image"} becomes `<image>`), and the system text is treated as in training."""
     template, spec = prompt.template, prompt.spec
     system = template.system if spec.system is None else spec.system
     preamble = _FLATTEN

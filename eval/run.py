@@ -1,0 +1,204 @@
+"""Scores a finished run on held-out questions: each asked alone, exact match per kind, beside what is right without seeing and by chance."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlm.composition import compose
+from vlm.data.llava import LlavaSource
+from vlm.data.sample import Sample
+from vlm.errors import CheckpointError, ConfigurationError
+from vlm.eval.blind import TrainingAnswers, grey
+from vlm.eval.score import MATCHER, Question, matches, questions, shares
+from vlm.generate import SORTED_TOGETHER, Answer, answer_all, stop_ids
+from vlm.loading import load
+from vlm.train.config import RunSpec
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+    from vlm.processor import VLMProcessor
+
+__all__ = ["evaluate", "protocol", "table"]
+
+COLUMNS = ("accuracy", "blind", "question_only", "grey", "chance")
+
+
+def evaluate(
+    run_folder: str | Path,
+    *,
+    sources: Sequence[str] | None = None,
+    stage: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 32,
+    file: str | Path | None = None,
+    images: str | Path | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score a run, print a table per source and write `eval/NAME.json` (`eval/NAME.STAGE.json` for a stage) into its folder.
+
+    Args:
+        sources: names of the run's `eval`, all by default. file, images: a LLaVA file and its folder of pictures instead; its name is the file's.
+        stage: its weights instead of the export. limit: at most so many samples per source, spread evenly over it.
+
+    Returns name -> {"kinds": kind -> n and COLUMNS as shares or None, "mean": of the kinds, "protocol", "answers": one entry per question}.
+    question_only: the commonest training answer to the question's text, numbers masked, else of its kind. grey: the model's answers to grey pictures, None for kinds without.
+    blind: the larger of these. chance: 1 / number of distinct training answers of the kind, None where training has no such kind.
+    Raises ConfigurationError for an unknown name, CheckpointError for a folder without a run, DataError.
+    """
+    folder = Path(run_folder)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder} holds no run", expected="config.yaml and export/", cure="give the folder that `vlm train` wrote")
+    spec = compose(RunSpec, folder / "config.yaml")
+    chosen = {Path(file).stem: LlavaSource(file=str(file), images=None if images is None else str(images))} if file else _chosen(spec, sources)
+    if stage is not None and stage not in spec.stages:
+        raise ConfigurationError(f"run {spec.name} has no stage {stage!r}", expected=f"one of {', '.join(spec.stages)}")
+    asked = {name: [question for sample in _spread(source.open(), limit) for question in questions(sample)] for name, source in chosen.items()}
+    model, processor = load(folder / "stages" / stage if stage else folder)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    learned = _training_answers(spec, {question.kind for found in asked.values() for question in found})
+    results: dict[str, dict[str, Any]] = {}
+    for name, found in asked.items():
+        results[name] = {"run": spec.name, "stage": stage, "limit": limit, **_scored(model, processor, name, found, learned, batch_size, max_new_tokens)}
+        _write(folder / "eval" / (f"{name}.{stage}.json" if stage else f"{name}.json"), results[name])
+        Console().print(table(name, results[name]))
+    return results
+
+
+# ---- what is asked -------------------------------------------------------------------------------------------------------
+
+
+def _chosen(spec: RunSpec, names: Sequence[str] | None) -> dict[str, Any]:
+    """Name -> data source."""
+    if not spec.eval:
+        raise ConfigurationError(f"run {spec.name} names nothing to evaluate on", cure="write `eval: {heldout: SOURCE}` into the configuration, or give a file")
+    for name in names or ():
+        if name not in spec.eval:
+            raise ConfigurationError(f"run {spec.name} has no evaluation {name!r}", expected=f"one of {', '.join(spec.eval)}")
+    return {name: spec.data[source] for name, source in spec.eval.items() if not names or name in names}
+
+
+def _spread(samples: Any, limit: int | None) -> Iterator[Sample]:
+    size = len(samples)
+    count = size if limit is None else min(limit, size)
+    return (samples[number * size // count] for number in range(count))
+
+
+def _training_answers(spec: RunSpec, kinds: set[str]) -> TrainingAnswers:
+    """What the last stage answered; of kinds that it does not have, what the last stage answered that does."""
+    learned, missing = TrainingAnswers(), set(kinds)
+    for place, stage in enumerate(reversed(list(spec.stages.values()))):
+        for name in [stage.data] if isinstance(stage.data, str) else stage.data:
+            for sample in _spread(spec.data[name].open(), None):
+                for question in questions(sample):
+                    if not place or question.kind in missing:
+                        learned.add(question)
+        missing -= learned.kinds
+        if not missing:
+            break
+    return learned
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------------
+
+
+def _scored(model: "VLM", processor: "VLMProcessor", name: str, asked: Sequence[Question], learned: TrainingAnswers, batch_size: int, max_new_tokens: int) -> dict[str, Any]:
+    said = _answers(model, processor, [question.sample for question in asked], batch_size, max_new_tokens, name)
+    pictured = [number for number, question in enumerate(asked) if question.sample.pictures]
+    unseen = dict(zip(pictured, _answers(model, processor, [grey(asked[number].sample) for number in pictured], batch_size, max_new_tokens, f"{name}, grey"), strict=True))
+    rows = [_entry(question, answer, unseen.get(number, answer), learned.guess(question)) for number, (question, answer) in enumerate(zip(asked, said, strict=True))]
+    kinds = _kinds(rows, {asked[number].kind for number in pictured}, learned)
+    return {"kinds": kinds, "mean": _mean(kinds), "protocol": protocol(model, processor, max_new_tokens), "answers": rows}
+
+
+def _answers(model: "VLM", processor: "VLMProcessor", samples: Sequence[Sample], batch_size: int, max_new_tokens: int, what: str) -> list[Answer]:
+    step = SORTED_TOGETHER * batch_size
+    starts = track(range(0, len(samples), step), description=what, console=Console(stderr=True), transient=True)
+    return [answer for start in starts for answer in answer_all(model, processor, samples[start : start + step], batch_size=batch_size, max_new_tokens=max_new_tokens)]
+
+
+def _entry(question: Question, said: Answer, unseen: Answer, guess: str) -> dict[str, Any]:
+    return {
+        "id": question.sample.id,
+        "kind": question.kind,
+        "question": question.text,
+        "truth": question.truth,
+        "answer": said.text,
+        "right": matches(said.text, question.truth),
+        "finish_reason": said.finish_reason,
+        "grey_answer": unseen.text,  # of a question without pictures: the same words to the model, the same answer
+        "question_only_answer": guess,
+    }
+
+
+def _kinds(rows: Sequence[Mapping[str, Any]], pictured: set[str], learned: TrainingAnswers) -> dict[str, dict[str, Any]]:
+    names = [row["kind"] for row in rows]
+    accuracy = shares(names, (row["right"] for row in rows))
+    question_only = shares(names, (matches(row["question_only_answer"], row["truth"]) for row in rows))
+    unseen = shares(names, (matches(row["grey_answer"], row["truth"]) for row in rows))
+    found: dict[str, dict[str, Any]] = {}
+    for kind in accuracy:
+        without = unseen[kind] if kind in pictured else None
+        values = (accuracy[kind], max(question_only[kind], without or 0.0), question_only[kind], without, learned.chance(kind))
+        found[kind] = {"n": names.count(kind), **dict(zip(COLUMNS, values, strict=True))}
+    return found
+
+
+def _mean(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the kinds, each counted once, as far as they have a value."""
+    mean: dict[str, Any] = {"n": sum(values["n"] for values in kinds.values())}
+    for column in COLUMNS:
+        known = [values[column] for values in kinds.values() if values[column] is not None]
+        mean[column] = sum(known) / len(known) if known else None
+    return mean
+
+
+def protocol(model: "VLM", processor: "VLMProcessor", max_new_tokens: int) -> dict[str, Any]:
+    """Everything that figures of two runs must share to be compared, and its hash."""
+    facts = {
+        "prompt": asdict(processor.prompt.spec),
+        "template": processor.prompt.template.chat,
+        "system": processor.prompt.template.system if processor.prompt.spec.system is None else processor.prompt.spec.system,
+        "pictures": {"policy": processor.policy, "official": processor.official_pictures},
+        "decoding": {"greedy": True, "max_new_tokens": max_new_tokens, "stop_ids": stop_ids(model, processor)},
+        "matcher": MATCHER,
+        "version": version("vlm"),
+    }
+    return {**facts, "hash": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
+
+
+# ---- what is shown -------------------------------------------------------------------------------------------------------
+
+
+def table(name: str, result: Mapping[str, Any]) -> Table:
+    """The scores of one source in percent."""
+    made = Table(title=f"{name}: {result['mean']['n']} questions, each asked alone", caption=f"{MATCHER}; protocol {result['protocol']['hash'][:12]}")
+    made.add_column("kind")
+    for column in ("n", *COLUMNS):
+        made.add_column(column.replace("_", " "), justify="right")
+    for kind, values in result["kinds"].items():
+        made.add_row(kind, *_cells(values))
+    if len(result["kinds"]) > 1:
+        made.add_section()
+        made.add_row("mean", *_cells(result["mean"]))
+    return made
+
+
+def _cells(values: Mapping[str, Any]) -> list[str]:
+    return [str(values["n"]), *("-" if values[column] is None else f"{100 * values[column]:.1f}" for column in COLUMNS)]
+
+
+def _write(file: Path, result: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(file.name + ".part")
+    beside.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(beside, file)

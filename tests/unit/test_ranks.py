@@ -1,0 +1,65 @@
+"""One rank = two ranks at ZeRO 0 to 3 (gloo): gradients, the loss curve, and parts of a user's own. One torchrun per ZeRO stage."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.data_root(tmp_path_factory.mktemp("data"))
+
+
+def launch(root: Path, out: Path, zero: int, ranks: int) -> Path:
+    out.mkdir(exist_ok=True)
+    head = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1]), "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([*head, str(WORKER), str(root), str(out), str(zero)], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(root, tmp_path_factory.mktemp("one"), 0, 1)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.ranks
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_one_rank_equals_two(root: Path, one: Path, tmp_path: Path, zero: int) -> None:
+    two = launch(root, tmp_path / "two", zero, 2)
+    expected, got = load_file(one / "sgd.safetensors"), load_file(two / "sgd.safetensors")
+    assert json.loads((two / "sgd.json").read_text()) == pytest.approx(json.loads((one / "sgd.json").read_text()), rel=1e-6)
+    assert expected.keys() == got.keys()
+    largest = max(tensor.abs().max() for tensor in expected.values())
+    for name, tensor in expected.items():
+        gap = (tensor - got[name]).abs().max()
+        assert gap <= 1e-5 * tensor.abs().max() + 1e-6 * largest, (name, float(gap))
+    assert losses(two / "curve") == pytest.approx(losses(one / "curve"), abs=1e-4)
+    modalities = [record["modality"] for record in records(two / "curve") if record["stage"] == "instruct"]
+    assert all(found == entry["modality"] for found, entry in zip(modalities, (r for r in records(one / "curve") if r["stage"] == "instruct"), strict=True))
+    if zero in (0, 3):
+        assert losses(two / "extension") == pytest.approx(losses(one / "extension"), abs=1e-4)
+        last = records(two / "extension")[-1]
+        assert last["auxiliary"]["twin"] == pytest.approx(records(one / "extension")[-1]["auxiliary"]["twin"], rel=1e-4)
+        left, right = (load_file(folder / "extension" / "export" / "model.safetensors") for folder in (one, two))
+        assert all(torch.allclose(left[name], right[name], atol=1e-4) for name in left)

@@ -1,0 +1,160 @@
+"""Whole runs in one process on a model of a few thousand parameters: what is interrupted, accumulated or split must not change a bit, or a digit."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import vlm
+from vlm.errors import CheckpointError, ConfigurationError, DataError, NumericsError
+from vlm.train import checkpoint, stages
+from vlm.train.optim import Group
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.data_root(tmp_path_factory.mktemp("data"))
+
+
+def run(root: Path, folder: Path, name: str, *more: str, resume: bool = False) -> Path:
+    overrides = (f"data_root={root}", f"runs={folder}", f"name={name}", "workers=0", "model.encoder.config.attention_dropout=0.1", "model.llm.config.attention_dropout=0.1")
+    return vlm.fit(vlm.compose("llava_tiny", *overrides, *more), resume=resume)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "export" / "model.safetensors")
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def kept(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("seconds", "wait", "memory")}
+
+
+class Stop(Exception):
+    """Stands for a kill: raised right after a checkpoint was saved."""
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(root, tmp_path_factory.mktemp("runs"), "whole", "save.every=1")
+
+
+@pytest.mark.parametrize("total", sorted([*random.Random(0).sample(range(1, 4), 3), *(4 + k for k in random.Random(1).sample(range(1, 4), 3))]))
+def test_interrupted_equals_uninterrupted(root: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, total: int) -> None:
+    save = checkpoint.save
+
+    def save_and_stop(folder: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
+        made = save(folder, engine, position, keep)
+        if position.total == total:
+            raise Stop
+        return made
+
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    with pytest.raises(Stop):
+        run(root, tmp_path, "cut", "save.every=1")
+    monkeypatch.setattr(checkpoint, "save", save)
+    torch.manual_seed(99)
+    folder = run(root, tmp_path, "cut", "save.every=1", resume=True)
+    expected, got = weights(whole), weights(folder)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert [kept(record) for record in records(folder)] == [kept(record) for record in records(whole)]
+
+
+def test_what_a_run_leaves(whole: Path) -> None:
+    for name in ("config.yaml", "environment.json", "manifest.json", "metrics.jsonl", "pictures/loss.png", "stages/align/config.json", "export/model.safetensors"):
+        assert (whole / name).is_file(), name
+    assert len(list((whole / "resume").glob("step-*"))) == 2
+    last = records(whole)[-1]
+    assert last["step"] == 4 and last["total"] == 8 and last["modality"]["vision"] + last["modality"]["text"] == last["samples"] == 4
+    assert abs(sum(source["share"] for source in last["sources"].values()) - 1) < 1e-9
+    again = vlm.compose(str(whole / "config.yaml"))
+    assert again.stages.keys() == {"align", "instruct"} and again.name == "whole"
+
+
+def test_accumulation_does_not_change_the_step(root: Path, tmp_path: Path) -> None:
+    plain = ("model.encoder.config.attention_dropout=0", "model.llm.config.attention_dropout=0", "stages.instruct.train={encoder: 1.0e-3, connector: 1.0e-3, llm: 1.0e-3}")
+    sizes = ("every_stage.batch=8",)
+    one = run(root, tmp_path, "one", *plain, *sizes, "every_stage.micro_batch=8")
+    many = run(root, tmp_path, "many", *plain, *sizes, "every_stage.micro_batch=1")
+    for left, right in zip(records(one), records(many), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+        assert left["supervised"] == right["supervised"]
+
+
+def test_an_existing_folder_is_not_overwritten(root: Path, whole: Path) -> None:
+    with pytest.raises(ConfigurationError, match="exists already.*--resume"):
+        run(root, whole.parent, "whole")
+
+
+def test_resume_into_another_model_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "_export", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        run(root, tmp_path, "other", "save.every=1")
+    (tmp_path / "other" / "stages" / "instruct").rename(tmp_path / "other" / "stages" / "gone")
+    with pytest.raises(CheckpointError, match="another model or other stages"):
+        run(root, tmp_path, "other", "save.every=1", "model.llm.config.intermediate_size=96", resume=True)
+
+
+def test_a_changed_checkpoint_is_refused(root: Path, tmp_path: Path, whole: Path) -> None:
+    found = checkpoint.latest(whole / "resume")
+    assert found is not None
+    fingerprint = json.loads((found / "position.json").read_text())["fingerprint"]
+    victim = next(found.glob("random-0.pt"))
+    before = victim.read_bytes()
+    victim.write_bytes(before[:-1] + b"!")
+    try:
+        with pytest.raises(CheckpointError, match="is not what was saved"):
+            checkpoint.read_position(found, fingerprint)
+    finally:
+        victim.write_bytes(before)
+
+
+def test_a_ledger_that_does_not_balance_stops(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adamw = stages.adamw
+
+    def and_one_more(groups: list[Group], spec: Any) -> torch.optim.AdamW:
+        optimizer = adamw(groups, spec)
+        next(p for group in groups if group.path == "llm.head" for p in group.parameters).requires_grad_(True)
+        return optimizer
+
+    monkeypatch.setattr(stages, "adamw", and_one_more)
+    with pytest.raises(ConfigurationError, match=r"does not balance: llm\.lm_head\.weight is trained, but nobody named it"):
+        run(root, tmp_path, "ledger")
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_samples(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm.llm import head
+
+    loss = head.LossHead._loss
+    monkeypatch.setattr(head.LossHead, "_loss", lambda self, hidden, labels: loss(self, hidden, labels) / 0)
+    with pytest.raises(NumericsError, match=r"not finite on rank 0 at step 1.*samples a\d+"):
+        run(root, tmp_path, "nan")
+
+
+def test_a_missing_picture_is_named(root: Path, tmp_path: Path) -> None:
+    rows = json.loads((root / "align.json").read_text())
+    rows[3]["image"] = "img/none.png"
+    (root / "broken.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"broken\.json.*none\.png"):
+        run(root, tmp_path, "missing", f"data.captions.file={root}/broken.json", "every_stage.steps=null", "every_stage.epochs=1")
+
+
+def test_bad_samples_are_left_out_counted_and_listed(root: Path, tmp_path: Path) -> None:
+    rows = json.loads((root / "align.json").read_text())
+    (root / "img" / "cut.png").write_bytes((root / "img" / "0.png").read_bytes()[:40])
+    rows[3]["image"] = "img/cut.png"
+    (root / "cut.json").write_text(json.dumps(rows))
+    folder = run(root, tmp_path, "skip", f"data.captions.file={root}/cut.json", "data.captions.on_bad=skip", "every_stage.steps=null", "every_stage.epochs=1")
+    listed = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(listed) == 1 and "cut.png" in listed[0]["reason"] or "cut.json" in listed[0]["reason"]
+    align = [record for record in records(folder) if record["stage"] == "align"]
+    assert sum(record["samples"] for record in align) == 11 and sum(record.get("skipped", 0) for record in align) == 1

@@ -1,0 +1,581 @@
+"""What a run would do, and everything that is wrong with it, before it is started: no GPU, no weights, no DeepSpeed."""
+
+import difflib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vlm.composition import CONFIGS, ConfigurationProblems, to_plain
+from vlm.config import links
+from vlm.connectors.base import ConnectorSpec, Link
+from vlm.errors import CheckpointError, ConfigurationError, DataError, VLMError
+from vlm.images import apply_policy
+from vlm.llm.context import VISION
+from vlm.loading import text_config
+from vlm.processor import IGNORE, Row, load_tokenizer, placeholder_id
+from vlm.prompt import TEMPLATES, Prompt
+from vlm.registry import Registry
+from vlm.train import cost
+from vlm.train.config import RunSpec, StageSpec
+from vlm.train.engine import deepspeed_config, precision_of
+from vlm.train.ledger import print_ledger
+from vlm.train.optim import Group, rates
+from vlm.train.stages import model_at, sources_of, stage_mixture
+from vlm.weights.files import find_folder
+
+__all__ = ["Parts", "Report", "StageReport", "check", "parts_table"]
+
+HEADERS = 1000
+"""Pictures per source whose headers are read, unless everything is asked for."""
+SECONDS, QUICK_SECONDS = 120.0, 30.0
+"""Time after which rows are no longer rendered and measured, only read: of `vlm check`, and at the start of training."""
+SHOWN = 3
+"""Rendered samples per stage."""
+
+Span = tuple[str, bool]
+"""Text of a rendered row, and whether it is supervised."""
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StageReport:
+    """One stage.
+
+    groups: the ledger. picture_tokens: of a picture of the encoder's own size. picture_range: least and most over the pictures seen. length: steps, samples, epochs. longest: tokens of the longest row seen.
+    counted: what happens to samples, and how often. breaks: equalities that the adaptations give up. rendered: rows as they are trained on.
+    """
+
+    name: str
+    groups: list[Group] = field(default_factory=list)
+    picture_tokens: int | None = None
+    picture_range: tuple[int, int] | None = None
+    batch: str | None = None
+    length: cost.Length | None = None
+    longest: int = 0
+    counted: dict[str, int] = field(default_factory=dict)
+    breaks: list[str] = field(default_factory=list)
+    rendered: list[list[Span]] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return sum(group.count for group in self.groups)
+
+    @property
+    def trainable(self) -> int:
+        return sum(group.count for group in self.groups if group.rate is not None)
+
+
+@dataclass
+class Report:
+    """What `check` found. problems: each keeps the run from training as it is written. exports: family -> public class, or why not."""
+
+    name: str
+    stages: list[StageReport] = field(default_factory=list)
+    problems: list[VLMError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+    parts: dict[str, str] = field(default_factory=dict)
+    exports: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def stop(self) -> None:
+        """Raises ConfigurationProblems with everything that was found; nothing where there are no problems."""
+        if self.problems:
+            raise ConfigurationProblems(cast("list[ConfigurationError]", self.problems), self.name)
+
+    def print(self, console: Console | None = None) -> None:
+        """For a terminal: supervised text in colour; elsewhere it stands in [[...]]."""
+        console = console or Console()
+        for name, text in self.parts.items():
+            console.print(Text(f"{name}: {text}"), soft_wrap=True)
+        for stage in self.stages:
+            _print_stage(stage, console)
+        for family, text in self.exports.items():
+            console.print(Text(f"vlm export --to {family}: {text}"), soft_wrap=True)
+        for title, style, lines in (("not checked", "cyan", self.not_checked), ("warning", "yellow", self.warnings), ("problem", "bold red", map(str, self.problems))):
+            for line in lines:
+                console.print(Text(f"{title}: ", style=style).append(line, style="default"), soft_wrap=True)
+        console.print(Text(f"{len(self.problems)} problems in {self.name}", style="bold red") if self.problems else Text(f"{self.name}: nothing is wrong", style="bold green"), soft_wrap=True)
+
+    def _add(self, problem: VLMError) -> None:
+        if str(problem) not in map(str, self.problems):
+            self.problems.append(problem)
+
+    def _leave(self, line: str) -> None:
+        if line not in self.not_checked:
+            self.not_checked.append(line)
+
+
+def _print_stage(stage: StageReport, console: Console) -> None:
+    console.print()
+    if stage.groups:
+        print_ledger(stage.groups, console, f"stage {stage.name}")
+    else:
+        console.print(Text(f"stage {stage.name}"))
+    for line in _facts(stage):
+        console.print(Text(f"  {line}"), soft_wrap=True)
+    for number, spans in enumerate(stage.rendered, 1):
+        text = Text(f"  sample {number}, what is learned {'in green' if console.is_terminal else 'in [[ ]]'}:\n", style="dim")
+        for part, supervised in spans:
+            text.append(part if console.is_terminal else f"[[{part}]]" if supervised else part, style="bold green" if supervised else "default")
+        console.print(text, soft_wrap=True)
+
+
+def _facts(stage: StageReport) -> Iterator[str]:
+    if stage.groups:
+        yield f"parameters: {stage.total:,}, {stage.trainable:,} trained"
+    if stage.picture_tokens is not None:
+        low, high = stage.picture_range or (stage.picture_tokens,) * 2
+        yield f"pictures: {stage.picture_tokens:,} tokens each" + (f", {low:,} to {high:,} in the data" if {low, high} != {stage.picture_tokens} else "")
+    if stage.batch:
+        yield f"batch: {stage.batch}"
+    if stage.length:
+        numbers = (("steps", stage.length.steps), ("samples", stage.length.samples), ("epochs", stage.length.epochs))
+        yield "length: " + ", ".join(f"{value:,.4g} {name}" if isinstance(value, float) else f"{value:,} {name}" for name, value in numbers if value is not None)
+    if stage.longest:
+        yield f"longest row seen: {stage.longest:,} tokens"
+    yield from (f"{count:,} samples of {note}" for note, count in stage.counted.items())
+    yield from (f"does not hold: {text}" for text in stage.breaks)
+
+
+# ---- checking ------------------------------------------------------------------------------------------------------------
+
+
+def check(run: RunSpec, *, everything: bool = False, quick: bool = False) -> Report:
+    """All problems of a run at once, and what it would do.
+
+    Every record of every source that is used is opened, and the headers of the first 1,000 pictures of each source. Rows are rendered and measured for two minutes, the rest is read only, and the
+    report says so.
+
+    Args:
+        everything: all headers, all rows, however long it takes.
+        quick: for the start of training. Half a minute of rows, no rendered samples; raises ConfigurationProblems where there are problems.
+    """
+    report = Report(run.name, [StageReport(name) for name in run.stages])
+    _Check(run, report, everything, quick).all()
+    if quick:
+        report.stop()
+    return report
+
+
+class _Check:
+    """One pass over a run: each step adds to the report, and leaves out what an earlier problem made meaningless."""
+
+    def __init__(self, run: RunSpec, report: Report, everything: bool, quick: bool):
+        self.run, self.report, self.everything, self.quick = run, report, everything, quick
+        self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        self.text: Any = None
+        self.tokenizer: Any = None
+        self.chained = False
+        self.wrong: set[str] = set()
+        self.readers: dict[str, Any] = {}
+        self.rows: dict[str, cost.RowLengths] = {}
+
+    def all(self) -> None:
+        self._unset()
+        if not self.run.stages:
+            self.report._add(ConfigurationError("the run has no stage", cure="write one under `stages:`"))
+        for name, stage in self.run.stages.items():
+            self._stage(f"stages.{name}", stage)
+        self._names()
+        self._weights()
+        self._decoder()
+        self._connector()
+        self._find_tokenizer()
+        for index, stage in enumerate(self.run.stages.values()):
+            self._prompt(index, stage)
+            self._structure(index, stage)
+        self._open_sources()
+        for index, stage in enumerate(self.run.stages.values()):
+            self._length(index, stage)
+        self._data()
+        if not self.quick:
+            for index, stage in enumerate(self.run.stages.values()):
+                self._render(index, stage)
+        self._exports()
+
+    # ---- what needs no part --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _at(self, path: str) -> Iterator[None]:
+        """A problem inside belongs to `path`."""
+        try:
+            yield
+        except VLMError as problem:
+            self._wrong(path, problem.what, got=problem.got, expected=problem.expected, cure=problem.cure, kind=type(problem))
+
+    def _wrong(self, path: str, what: str, *, kind: type[VLMError] = ConfigurationError, **sides: Any) -> None:
+        kind = ConfigurationError if issubclass(kind, ConfigurationError) else kind
+        self.wrong.add(path)
+        self.report._add(kind(f"{path}: {what}", **sides))
+
+    def _no_such(self, path: str, what: str, name: str, names: Iterable[str]) -> None:
+        names = list(names)
+        near = difflib.get_close_matches(name, names, 1)
+        self._wrong(path, f"no {what} is called {name!r}", expected=f"one of {', '.join(names)}", cure=f"did you mean {near[0]!r}?" if near else None)
+
+    def _unset(self) -> None:
+        waiting: dict[str, list[str]] = {}
+        for path, value in _strings(to_plain(self.run)):
+            for name in re.findall(r"\$\{([\w.]+)\}", value):
+                waiting.setdefault(name, []).append(path)
+        for name, paths in waiting.items():
+            self.report._leave(f"{name} is not set, so {', '.join(paths)} {'is' if len(paths) == 1 else 'are'} not looked at (add {name}=...)")
+
+    def _stage(self, path: str, stage: StageSpec) -> None:
+        if stage.epochs is not None and stage.steps is not None:
+            key = path.rpartition(".")[2]
+            cure = f"take one away: stages.{key}.epochs=null or stages.{key}.steps=null"
+            self._wrong(path, "both epochs and steps are given", got=f"epochs {stage.epochs:g}, steps {stage.steps}", expected="one of them", cure=cure)
+        for name in ("batch", "micro_batch", "max_length"):
+            value = getattr(stage, name)
+            if value < 1:
+                self._wrong(f"{path}.{name}", "must be at least 1", got=value, expected="1 or more", cure=f"set {path}.{name}")
+        for name in sources_of(stage):
+            if name not in self.run.data:
+                self._no_such(f"{path}.data", "data source", name, self.run.data)
+        with self._at(f"{path}.images"):
+            encoder = self.run.model.encoder
+            apply_policy(stage.images.use, Image.new("RGB", (16, 16)), getattr(encoder, "mean", None), getattr(encoder, "size", None))
+        self._zero(f"{path}.deepspeed", stage)
+
+    def _zero(self, path: str, stage: StageSpec) -> None:
+        zero = stage.deepspeed.get("zero_optimization", {"stage": 0})
+        level = zero.get("stage") if isinstance(zero, Mapping) else zero
+        if level not in (0, 1, 2, 3):
+            self._wrong(path, "no ZeRO stage is given", got=f"zero_optimization {zero!r}", expected="zero_optimization: {stage: 0, 1, 2 or 3}", cure="name a file of configs/deepspeed")
+            return
+        with self._at(path):
+            deepspeed_config(stage, 1, precision_of(self.run.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+
+    def _names(self) -> None:
+        for name, source in self.run.eval.items():
+            if source not in self.run.data:
+                self._no_such(f"eval.{name}", "data source", source, self.run.data)
+        for name, spec in self.run.model.adapt.items():
+            if spec.since is not None and spec.since not in self.run.stages:
+                self._no_such(f"model.adapt.{name}.since", "stage", spec.since, self.run.stages)
+
+    # ---- model ---------------------------------------------------------------------------------------------------------
+
+    def _there(self, path: str, place: str) -> bool:
+        """Whether a model's folder or snapshot is there; where not, that is said."""
+        if "${" in place:
+            return False
+        try:
+            find_folder(place)
+        except CheckpointError:
+            self.report._leave(f"{path}: {place} is neither a folder nor a cached hub snapshot")
+            return False
+        return True
+
+    def _weights(self) -> None:
+        for path, part in (("model.encoder", self.run.model.encoder), ("model.llm", self.run.model.llm)):
+            if part.weights == "path" and part.path is None:
+                self._wrong(path, "weights: path is asked for, but no path is given", got="path null", expected="a folder with weights", cure=f"set {path}.path, or {path}.weights=random")
+            elif part.weights == "path":
+                self._there(f"{path}.path", str(part.path))
+
+    def _decoder(self) -> None:
+        llm = self.run.model.llm
+        if llm.config is None and llm.path is not None and not self._there("model.llm.path", llm.path):
+            return
+        with self._at("model.llm"):
+            self.text = text_config(self.run.model)
+        if self.text is None:
+            return
+        for name, spec in self.run.model.adapt.items():
+            with self._at(f"model.adapt.{name}"):
+                spec.plan(self.text)
+
+    def _connector(self) -> None:
+        encoder, connector = self.run.model.encoder, self.run.model.connector
+        before = len(self.report.problems)
+        link = Link(encoder.widths, encoder.levels, None)
+        self._stream("model.connector", connector, link)
+        if len(self.report.problems) > before:
+            return
+        for stream, levels in connector.reads(link).items():
+            depth = encoder.levels[stream]
+            for level in levels:
+                if level != "final" and not (isinstance(level, int) and -depth - 1 <= level <= depth):
+                    expected = f"{-depth - 1} to {depth}, or final, of the {depth} blocks of {encoder.use}"
+                    self._wrong("model.connector.level", "the encoder has no such hidden state", got=level, expected=expected, cure="set model.connector.level=-2")
+        with self._at("model.connector"):
+            for number, (spec, behind) in enumerate(links(encoder, connector, self.text.hidden_size if self.text else 1)):
+                self._stream("model.connector" + ".then" * number, spec, behind)
+        self.chained = len(self.report.problems) == before
+
+    def _stream(self, path: str, spec: ConnectorSpec, link: Link) -> None:
+        if spec.stream is not None and spec.stream not in link.widths:
+            self._no_such(f"{path}.stream", "stream", spec.stream, link.widths)
+
+    def _find_tokenizer(self) -> None:
+        llm = self.run.model.llm
+        place = llm.tokenizer or llm.path
+        path = "model.llm.tokenizer" if llm.tokenizer else "model.llm.path"
+        if place is None or self._there(path, place):
+            with self._at(path if place else "model.llm"):
+                self.tokenizer = load_tokenizer(self.run.model)
+
+    def _prompt(self, index: int, stage: StageSpec) -> None:
+        """The stage's prompt on the tokenizer; the layout of a picture; together the rows' lengths."""
+        name, report = list(self.run.stages)[index], self.report.stages[index]
+        path = f"stages.{name}.prompt"
+        if stage.prompt.use not in (*TEMPLATES, "tokenizer"):
+            self._no_such(path, "prompt", stage.prompt.use, [*TEMPLATES, "tokenizer"])
+            return
+        prompt = None
+        if self.tokenizer is not None:
+            with self._at(path):
+                prompt = Prompt(stage.prompt, self.tokenizer)
+        if not self.chained or self.text is None or f"stages.{name}.images" in self.wrong:
+            return
+        report.picture_tokens = self._picture_tokens(stage)
+        if report.picture_tokens >= stage.max_length > 0:
+            cure = f"raise stages.{name}.max_length, or use an encoder with fewer tokens"
+            self._wrong(f"stages.{name}.max_length", "too short for one picture", got=stage.max_length, expected=f"more than its {report.picture_tokens:,} tokens", cure=cure)
+        elif prompt is not None:
+            self.rows[name] = cost.RowLengths(self.run.model, self.text.hidden_size, self.tokenizer, stage.prompt, stage.images.use, stage.images.official)
+
+    def _picture_tokens(self, stage: StageSpec) -> int:
+        encoder = self.run.model.encoder
+        layouts = encoder.layout(*cost.typical_size(encoder), "train")
+        for spec, _ in links(encoder, self.run.model.connector, self.text.hidden_size):
+            layouts = {"image": spec.layout(layouts)}
+        return next(iter(layouts.values())).count
+
+    def _structure(self, index: int, stage: StageSpec) -> None:
+        name = list(self.run.stages)[index]
+        if self.text is None or not self.chained or any(path.startswith("model.adapt") for path in self.wrong):
+            return
+        spec = model_at(self.run, index)
+        with self._at("model"):
+            model = cost.structure(spec, placeholder_id(self.tokenizer) if self.tokenizer else 0)
+            self._parts(model.groups())
+            for word, node in stage.train.items():
+                with self._at(f"stages.{name}.{word}"):
+                    rates(model.groups(), {word: node})
+            if not any(f"stages.{name}.{word}" in self.wrong for word in stage.train):
+                with self._at(f"stages.{name}"):
+                    self.report.stages[index].groups = cost.ledger(model, stage)
+        self.report.stages[index].breaks = [f"{adapted}: {text}" for adapted, part in spec.adapt.items() for text in part.breaks()]
+
+    def _parts(self, groups: Mapping[str, list[Any]]) -> None:
+        """The parts with their parameters; the last stage's stay."""
+        counts: dict[str, int] = {}
+        for path, parameters in groups.items():
+            part = path.partition(".")[0]
+            counts[part] = counts.get(part, 0) + sum(parameter.numel() for parameter in parameters)
+        model = self.run.model
+        chain = " -> ".join(spec.use for spec, _ in links(model.encoder, model.connector, self.text.hidden_size))
+        adapted = "".join(f" + {name}" for name in model.adapt)
+        for part, text in (("encoder", model.encoder.use), ("connector", chain), ("llm", f"{self.text.model_type}{adapted}")):
+            self.report.parts[part] = f"{text}, {counts.get(part, 0):,} parameters"
+
+    # ---- data ----------------------------------------------------------------------------------------------------------
+
+    def _used(self) -> dict[str, Any]:
+        """Sources of stages and of `eval`."""
+        named = [name for stage in self.run.stages.values() for name in sources_of(stage)]
+        return {name: self.run.data[name] for name in dict.fromkeys([*named, *self.run.eval.values()]) if name in self.run.data}
+
+    def _open_sources(self) -> None:
+        for name, spec in self._used().items():
+            file, size = str(getattr(spec, "file", "")), getattr(spec, "samples", None)
+            if "${" in file:
+                continue
+            if size is not None and not Path(file).is_file():
+                self.report._leave(f"data.{name}.file: {file} is not there; its {size:,} samples are taken from `samples`")
+                continue
+            with self._at(f"data.{name}"):
+                reader = self.readers[name] = spec.open()
+                if size is not None and size != len(reader):
+                    self.report.warnings.append(f"data.{name}.samples: {size:,} are named, the file holds {len(reader):,}, which count")
+
+    def _length(self, index: int, stage: StageSpec) -> None:
+        if stage.batch < 1 or stage.micro_batch < 1:
+            return
+        name, report = list(self.run.stages)[index], self.report.stages[index]
+        report.batch = f"{stage.batch:,} samples per step = {cost.batch_line(stage, self.ranks)}"
+        if (stage.epochs is not None and stage.steps is not None) or any(source not in self.run.data for source in sources_of(stage)):
+            return
+        with self._at(f"stages.{name}"):
+            report.length = cost.length(self.run, index, self._sizes())
+
+    def _sizes(self) -> dict[str, int | None]:
+        return {name: len(self.readers[name]) if name in self.readers else getattr(spec, "samples", None) for name, spec in self._used().items()}
+
+    def _data(self) -> None:
+        seconds = float("inf") if self.everything else QUICK_SECONDS if self.quick else SECONDS
+        until = time.monotonic() + seconds
+        scans: dict[str, cost.Scan] = {}
+        for name, reader in self.readers.items():
+            stages = [(stage_name, stage) for stage_name, stage in self.run.stages.items() if name in sources_of(stage) and stage_name in self.rows]
+            measures = [cost.Measure(stage_name, self.rows[stage_name], stage.max_length, stage.too_long) for stage_name, stage in stages]
+            spec = self.run.data[name]
+            images = getattr(spec, "images", None)
+            absent = images is not None and not Path(images).is_dir()
+            scans[name] = cost.scan(str(getattr(spec, "file", "")), reader, measures, headers=0 if absent else float("inf") if self.everything else HEADERS, until=until)
+            if absent and "${" not in images and scans[name].vision:
+                self._wrong(f"data.{name}.images", "there is no such folder", got=images, expected="the folder of the pictures", cure=f"set data.{name}.images, or data_root", kind=DataError)
+            elif scans[name].closed:
+                self.report._leave(f"data.{name}: the headers of {scans[name].closed:,} pictures" + ("" if absent else " (--all reads every one)"))
+            if scans[name].unmeasured:
+                self.report._leave(f"data.{name}: {scans[name].unmeasured:,} records were read but not rendered, after {seconds:g} s (--all renders every one)")
+            self._refused(name, spec, scans[name], measures)
+            self._measured(name, scans[name], measures)
+        for index, stage in enumerate(self.run.stages.values()):
+            self._blind(index, stage, scans)
+
+    def _refused(self, name: str, spec: Any, scan: cost.Scan, measures: list[cost.Measure]) -> None:
+        source = str(getattr(spec, "file", name))
+        problems = [*scan.refused.problems(source), *(problem for measure in measures for problem in measure.problems(source))]
+        nothing_left = any(len(measure.lost) == measure.measured and not measure.unknown and not scan.unmeasured for measure in measures)
+        if getattr(spec, "on_bad", "error") == "error" or nothing_left:
+            for problem in problems:
+                self.report._add(problem)
+            return
+        bad = [*getattr(self.readers[name], "bad", ())]
+        if left := len(bad) + len(scan.refused) + sum(len(measure.lost) for measure in measures):
+            self.report.warnings.append(f"data.{name}: {left:,} samples are left out (on_bad: skip), the first: {[*bad, *problems][0]}")
+
+    def _measured(self, name: str, scan: cost.Scan, measures: list[cost.Measure]) -> None:
+        for measure in measures:
+            report = next(stage for stage in self.report.stages if stage.name == measure.stage)
+            report.longest = max(report.longest, measure.longest)
+            for note, count in measure.notes.items():
+                report.counted[f"{name}: {note}"] = count
+            if measure.cut and measure.too_long == "cut":
+                report.counted[f"{name}: cut to max_length {measure.max_length}"] = measure.cut
+            if measure.picture_tokens:
+                seen = measure.picture_tokens | set(report.picture_range or ())
+                report.picture_range = min(seen), max(seen)
+            if measure.unknown:
+                self.report._leave(f"data.{name}: the length of {measure.unknown:,} rows of stage {measure.stage}, whose pictures' sizes are not known")
+
+    def _blind(self, index: int, stage: StageSpec, scans: Mapping[str, cost.Scan]) -> None:
+        """A stage that trains what only pictures reach, on text alone."""
+        found = [scans[name] for name in sources_of(stage) if name in scans]
+        if len(found) < len(sources_of(stage)) or any(scan.vision for scan in found):
+            return
+        report = self.report.stages[index]
+        trained = {group.path.partition(".")[0] for group in report.groups if group.rate is not None}
+        if parts := [f"the {part}" for part in ("encoder", "connector") if part in trained]:
+            count = sum(scan.readable for scan in found)
+            self.report.warnings.append(f"stage {report.name} trains {' and '.join(parts)}, but no sample of {count:,} has an image")
+
+    def _render(self, index: int, stage: StageSpec) -> None:
+        """The first rows of the stage's own order that can be rendered."""
+        report = self.report.stages[index]
+        if report.name not in self.rows or report.length is None or any(name not in self.readers for name in sources_of(stage)):
+            return
+        rows = self.rows[report.name]
+        mixture = stage_mixture(self.run, index, {name: len(self.readers[name]) for name in sources_of(stage)})
+        for source, place in (one for step in range(min(mixture.steps, 10)) for one in mixture.step(step)):
+            if len(report.rendered) == SHOWN:
+                return
+            try:
+                row = rows.row(self.readers[source][place], max_length=stage.max_length, too_long=stage.too_long)
+            except DataError:
+                continue  # among the problems
+            report.rendered.append(_spans(row, rows.tokenizer))
+
+    def _exports(self) -> None:
+        if self.text is None or not self.run.stages:
+            return
+        from vlm.weights.llava import obstacles
+
+        found = obstacles(model_at(self.run, len(self.run.stages) - 1), self.text)
+        self.report.exports["llava"] = f"not possible: {'; '.join(map(str, found))}" if found else "transformers' LlavaForConditionalGeneration"
+
+
+def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield path, value
+    for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ():
+        yield from _strings(inner, f"{path}.{key}".lstrip("."))
+
+
+def _spans(row: Row, tokenizer: Any) -> list[Span]:
+    """A row as text: pictures as their number of tokens, questions that do not see one another set apart."""
+    keys = list(zip(row.branches, row.pictures, row.types, (label != IGNORE for label in row.labels), strict=True))
+    edges = [0, *(index for index in range(1, len(row)) if keys[index] != keys[index - 1]), len(row)]
+    spans: list[Span] = []
+    text: list[int] = []
+    branch = 0
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        here, _, kind, supervised = keys[start]
+        if here != branch:
+            spans.append((f"\n    <question {here}> ", False))
+            branch = here
+        if kind == VISION:
+            spans.append((f"<picture: {end - start} tokens>", False))
+            continue
+        # Decoded behind what stands before, or the space in front of a word would be lost.
+        before = tokenizer.decode(text, skip_special_tokens=False)
+        text += row.ids[start:end]
+        whole = tokenizer.decode(text, skip_special_tokens=False)
+        spans.append((whole.removeprefix(before), supervised))
+    return spans
+
+
+# ---- parts and configurations --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Parts:
+    """What `vlm list` prints: title -> rows of name and one line."""
+
+    tables: dict[str, list[tuple[str, str]]]
+
+    def print(self, console: Console | None = None) -> None:
+        console = console or Console()
+        for title, rows in self.tables.items():
+            table = Table(title=title, title_justify="left", show_header=False)
+            for name, line in rows:
+                table.add_row(Text(name), Text(line))
+            console.print(table if rows else Text(f"{title}: none yet"))
+
+
+def parts_table() -> Parts:
+    """Registered parts of every axis with what their docstring says first, prompts, and the configurations of every group with their first comment line."""
+    from vlm import connectors, data, encoders, llm, objectives
+
+    axes: list[Registry] = [encoders.registry, connectors.registry, llm.registry, objectives.registry, data.readers]
+    tables = {f"{axis.axis}s": [(name, _told(axis, name)) for name in axis.names()] for axis in axes}
+    tables["prompts"] = [(name, f"needs {', '.join(template.needs)}" if template.needs else "for any tokenizer with an end token") for name, template in TEMPLATES.items()]
+    tables["prompts"].append(("tokenizer", "the tokenizer's own chat template"))
+    for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir()):
+        files = sorted(folder.glob("*.yaml"))
+        if files:
+            tables[f"configs/{folder.name}"] = [(file.stem, _first_line(file.read_text(encoding="utf-8")).lstrip("# ")) for file in files]
+    return Parts(tables)
+
+
+def _told(axis: Registry, name: str) -> str:
+    """First line about a part: of its file, where it has one of its own, else of its class."""
+    spec = axis.get(name)
+    text = (sys.modules[spec.__module__] if spec.__module__ == f"{axis.package}.{name}" else spec).__doc__ or ""
+    return "" if text.startswith(f"{spec.__name__}(") else _first_line(text)  # what a dataclass writes for want of a docstring
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")

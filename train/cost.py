@@ -1,0 +1,248 @@
+"""What a run comes to, told without weights: parameters per stage on the meta device, batch and steps, and the length of every row from its text and its pictures' headers."""
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlm.config import ModelSpec
+from vlm.data.sample import Picture, Sample
+from vlm.encoders.base import EncoderSpec, Mode
+from vlm.errors import DataError, VLMError
+from vlm.features import ImageInput, TokenLayout
+from vlm.images import upright_size
+from vlm.loading import build, form
+from vlm.model import VLM
+from vlm.processor import VLMProcessor
+from vlm.train.config import RunSpec, StageSpec
+from vlm.train.optim import Group, plan
+from vlm.train.stages import sources_of, stage_mixture
+from vlm.train.steps import accumulation
+
+__all__ = ["Length", "Measure", "Refusals", "RowLengths", "Scan", "batch_line", "ledger", "length", "scan", "structure", "typical_size"]
+
+NAMED = 5
+"""Refused samples of one kind that are named before the others are only counted."""
+
+
+# ---- model and steps -----------------------------------------------------------------------------------------------------
+
+
+def structure(model: ModelSpec, image_token_id: int) -> VLM:
+    """The model on the meta device: every parameter with its shape, none with a value."""
+    with torch.device("meta"):
+        return build(form(model, image_token_id))
+
+
+def ledger(model: VLM, stage: StageSpec) -> list[Group]:
+    """Which parameters a stage trains, as training will plan it. Raises ConfigurationError."""
+    return plan(dict(model.named_parameters()), model.groups(), stage.train, stage.optimizer, model.unused())
+
+
+def batch_line(stage: StageSpec, ranks: int) -> str:
+    """batch = ranks x micro x accumulation in words, also where that does not come out even."""
+    count = accumulation(stage.batch, stage.micro_batch, ranks)
+    rows = math.ceil(stage.batch / (ranks * count))
+    line = f"{ranks} {'rank' if ranks == 1 else 'ranks'} x {rows} rows x {count} {'micro-batch' if count == 1 else 'micro-batches'}"
+    return line if ranks * rows * count == stage.batch else f"{line} at most (not divisible: some hold fewer rows)"
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a stage takes; None where the size of its data is not known."""
+
+    steps: int | None
+    samples: int | None
+    epochs: float | None
+
+
+def length(run: RunSpec, index: int, sizes: Mapping[str, int | None]) -> Length:
+    """Steps, samples and epochs of a stage. sizes: samples per source, None where nobody knows. Raises ConfigurationError."""
+    stage = list(run.stages.values())[index]
+    known = {name: size for name in sources_of(stage) if (size := sizes.get(name)) is not None}
+    if len(known) < len(sources_of(stage)):
+        return Length(stage.steps, None if stage.steps is None else stage.steps * stage.batch, stage.epochs)
+    mixture = stage_mixture(run, index, known)
+    return Length(mixture.steps, mixture.samples, mixture.samples / sum(known.values()))
+
+
+# ---- rows without pixels -------------------------------------------------------------------------------------------------
+
+
+def typical_size(encoder: EncoderSpec) -> tuple[int, int]:
+    """Width and height of a picture as its encoder likes it: its own size, 448 x 448 for one that has none."""
+    return (int(getattr(encoder, "size", None) or 448),) * 2
+
+
+class RowLengths(VLMProcessor):
+    """The processor of a stage, with pictures that are sizes only: its rows have the ids, labels and errors of training, and nothing is decoded.
+
+    sizes: upright (width, height) of pictures whose headers were read. Others count as `typical_size`, exact for an encoder whose token count does not depend on the picture (`fixed`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sizes: dict[Picture, tuple[int, int]] = {}
+        self.typical = typical_size(self.model.encoder)
+        self._layouts: dict[tuple[int, int], TokenLayout] = {}
+        side = self.typical[0]
+        self.fixed = len({self.layout(width, height, "train").count for width, height in ((side, side), (side, 3 * side), (3 * side, side), (2 * side, 2 * side))}) == 1
+
+    def see(self, picture: Picture | Image.Image | bytes | str | Path, mode: Mode = "infer", where: str = "") -> ImageInput:
+        size = self.sizes.get(picture, self.typical) if isinstance(picture, Picture) else self.typical
+        if size not in self._layouts:
+            self._layouts[size] = self.layout(*size, mode)
+        return ImageInput({}, *size, self._layouts[size])
+
+    def knows(self, sample: Sample) -> bool:
+        """Whether the row's length is certain."""
+        return self.fixed or all(picture in self.sizes for picture in sample.pictures)
+
+
+class Refusals:
+    """Errors about samples by kind: the first few of a kind whole, the others counted."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[list[VLMError], list[int]]] = {}
+
+    def __len__(self) -> int:
+        return sum(count[0] for _, count in self._kinds.values())
+
+    def add(self, problem: VLMError, where: str) -> None:
+        """where: start of the message that tells one sample from another; numbers and quoted words do not make a kind either."""
+        named, count = self._kinds.setdefault(re.sub(r"'[^']*'|\d+", "#", problem.what.removeprefix(where)), ([], [0]))
+        count[0] += 1
+        if len(named) < NAMED:
+            named.append(problem)
+
+    def problems(self, source: str) -> Iterator[VLMError]:
+        """The named ones, and one that counts the rest of each kind."""
+        for named, (count,) in self._kinds.values():
+            yield from named
+            if count > len(named):
+                yield DataError(f"{source}: {count - len(named):,} more samples are refused like the last one above", cure=named[-1].cure)
+
+
+@dataclass
+class Measure:
+    """The rows that one stage makes of one source, measured as training will cut them.
+
+    measured: rows rendered. cut: rows above max_length. longest: tokens. lost: refusals of rows that lose every supervised token, first_lost: the first, with the tokens that it needs.
+    notes: what happened to samples, counted.
+    """
+
+    stage: str
+    rows: RowLengths
+    max_length: int
+    too_long: str
+    measured: int = 0
+    unknown: int = 0
+    cut: int = 0
+    longest: int = 0
+    lost: Refusals = field(default_factory=Refusals)
+    first_lost: tuple[str, int] | None = None
+    notes: Counter[str] = field(default_factory=Counter)
+    picture_tokens: set[int] = field(default_factory=set)
+
+    def add(self, sample: Sample, sizes: Mapping[Picture, tuple[int, int]]) -> None:
+        """Render and measure a sample. Raises DataError where training would refuse it, but for what goes into `lost`."""
+        self.rows.sizes = dict(sizes)
+        if not self.rows.knows(sample):
+            self.unknown += 1
+            return
+        row = self.rows.row(sample)
+        self.measured += 1
+        self.longest = max(self.longest, len(row))
+        self.notes.update(row.notes)
+        counts = {image.layout.count for image in row.images}
+        self.picture_tokens |= counts
+        if len(row) <= self.max_length:
+            return
+        self.cut += 1
+        try:
+            self.rows.row(sample, max_length=self.max_length, too_long=self.too_long)
+        except DataError as problem:
+            if self.too_long == "error" or max(counts, default=0) >= self.max_length:
+                raise
+            self.lost.add(problem, sample.where)
+            self.first_lost = self.first_lost or (sample.where, len(row))
+
+    def problems(self, source: str) -> Iterator[VLMError]:
+        """What is lost at max_length: one problem where that is all."""
+        if self.first_lost is None or len(self.lost) < self.measured:
+            yield from self.lost.problems(source)
+            return
+        where, needed = self.first_lost
+        yield DataError(
+            f"{source}: all {self.measured:,} samples lose every supervised token at max_length {self.max_length} of stage {self.stage}; the first is {where}",
+            got=f"{needed} tokens needed there, {self.longest} by the longest",
+            expected=f"an answer within {self.max_length} tokens",
+            cure=f"raise stages.{self.stage}.max_length",
+        )
+
+
+@dataclass
+class Scan:
+    """What a look at every record of a source found. readable: records without a fault. vision: those with pictures. closed: pictures whose headers were not read. unmeasured: records read only."""
+
+    readable: int = 0
+    vision: int = 0
+    opened: int = 0
+    closed: int = 0
+    unmeasured: int = 0
+    refused: Refusals = field(default_factory=Refusals)
+
+
+def scan(file: str, reader: Any, measures: Sequence[Measure], *, headers: float, until: float) -> Scan:
+    """Read every record, the first `headers` pictures' headers, and measure the rows until the clock (`time.monotonic`) says `until`.
+
+    file: what the messages of the reader begin with.
+    """
+    found = Scan()
+    for index in range(len(reader)):
+        try:
+            sample: Sample = reader[index]
+        except DataError as problem:
+            found.refused.add(problem, file)
+            continue
+        found.readable += 1
+        found.vision += bool(sample.pictures)
+        try:
+            sizes = _sizes(sample, found, headers)
+        except DataError as problem:
+            found.refused.add(problem, sample.where)
+            continue
+        if time.monotonic() > until:
+            found.unmeasured += 1
+            continue
+        for measure in measures:
+            try:
+                measure.add(sample, sizes)
+            except DataError as problem:
+                found.refused.add(problem, sample.where)
+    return found
+
+
+def _sizes(sample: Sample, found: Scan, headers: float) -> dict[Picture, tuple[int, int]]:
+    sizes: dict[Picture, tuple[int, int]] = {}
+    for picture in sample.pictures:
+        if picture in sizes:
+            continue
+        if found.opened >= headers:
+            found.closed += 1
+            continue
+        found.opened += 1
+        # The path goes behind the fault, so that refusals of one kind are told by their beginning.
+        try:
+            sizes[picture] = upright_size(picture.path if picture.size is None else picture.read(), where=sample.where)
+        except DataError as problem:
+            got = f"{picture.path}" + (f", {problem.got}" if problem.got is not None else "")
+            raise DataError(problem.what, got=got, expected=problem.expected, cure=problem.cure) from problem
+    return sizes
