@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,7 @@ __all__ = ["Parts", "Report", "StageReport", "check", "parts_table"]
 HEADERS = 1000
 """Pictures per source whose headers are read, unless everything is asked for."""
 SECONDS, QUICK_SECONDS = 120.0, 30.0
-"""Time after which rows are no longer rendered and measured, only read: of `vlm check`, and at the start of training."""
+"""Time after which rows are no longer measured: of `vlm check`, and at the start of training. Records are read, and new forms of conversation rendered, however long it takes."""
 SHOWN = 3
 """Rendered samples per stage."""
 
@@ -55,7 +56,7 @@ Span = tuple[str, bool]
 class StageReport:
     """One stage.
 
-    groups: the ledger. picture_tokens: of a picture of the encoder's own size. picture_range: least and most over the pictures seen. length: steps, samples, epochs. longest: tokens of the longest row seen.
+    groups: the ledger. picture_tokens: of a picture of the encoder's own size. picture_range: least and most over the pictures seen. length: steps, samples, epochs.
     counted: what happens to samples, and how often. breaks: equalities that the adaptations give up. rendered: rows as they are trained on.
     """
 
@@ -65,7 +66,6 @@ class StageReport:
     picture_range: tuple[int, int] | None = None
     batch: str | None = None
     length: cost.Length | None = None
-    longest: int = 0
     counted: dict[str, int] = field(default_factory=dict)
     breaks: list[str] = field(default_factory=list)
     rendered: list[list[Span]] = field(default_factory=list)
@@ -112,7 +112,7 @@ class Report:
         for title, style, lines in (("not checked", "cyan", self.not_checked), ("warning", "yellow", self.warnings), ("problem", "bold red", map(str, self.problems))):
             for line in lines:
                 console.print(Text(f"{title}: ", style=style).append(line, style="default"), soft_wrap=True)
-        console.print(Text(f"{len(self.problems)} problems in {self.name}", style="bold red") if self.problems else Text(f"{self.name}: nothing is wrong", style="bold green"), soft_wrap=True)
+        console.print(Text(f"{self.name}: {len(self.problems) or 'no'} problems", style="bold red" if self.problems else "bold green"))
 
     def _add(self, problem: VLMError) -> None:
         if str(problem) not in map(str, self.problems):
@@ -149,8 +149,6 @@ def _facts(stage: StageReport) -> Iterator[str]:
     if stage.length:
         numbers = (("steps", stage.length.steps), ("samples", stage.length.samples), ("epochs", stage.length.epochs))
         yield "length: " + ", ".join(f"{value:,.4g} {name}" if isinstance(value, float) else f"{value:,} {name}" for name, value in numbers if value is not None)
-    if stage.longest:
-        yield f"longest row seen: {stage.longest:,} tokens"
     yield from (f"{count:,} samples of {note}" for note, count in stage.counted.items())
     yield from (f"does not hold: {text}" for text in stage.breaks)
 
@@ -161,12 +159,12 @@ def _facts(stage: StageReport) -> Iterator[str]:
 def check(run: RunSpec, *, everything: bool = False, quick: bool = False) -> Report:
     """All problems of a run at once, and what it would do.
 
-    Every record of every source that is used is opened, and the headers of the first 1,000 pictures of each source. Rows are rendered and measured for two minutes, the rest is read only, and the
-    report says so.
+    Every record of every source that is used is opened, and the headers of the first 1,000 pictures of each source; every form of conversation is rendered. Rows that may be too long are
+    measured for two minutes, and the report says how many were left.
 
     Args:
         everything: all headers, all rows, however long it takes.
-        quick: for the start of training. Half a minute of rows, no rendered samples; raises ConfigurationProblems where there are problems.
+        quick: for the start of training. Half a minute of measuring, no rendered samples; raises ConfigurationProblems where there are problems.
     """
     report = Report(run.name, [StageReport(name) for name in run.stages])
     _Check(run, report, everything, quick).all()
@@ -180,6 +178,7 @@ class _Check:
 
     def __init__(self, run: RunSpec, report: Report, everything: bool, quick: bool):
         self.run, self.report, self.everything, self.quick = run, report, everything, quick
+        self.seconds = float("inf") if everything else QUICK_SECONDS if quick else SECONDS
         self.ranks = int(os.environ.get("WORLD_SIZE", "1"))
         self.text: Any = None
         self.tokenizer: Any = None
@@ -260,7 +259,7 @@ class _Check:
         zero = stage.deepspeed.get("zero_optimization", {"stage": 0})
         level = zero.get("stage") if isinstance(zero, Mapping) else zero
         if level not in (0, 1, 2, 3):
-            self._wrong(path, "no ZeRO stage is given", got=f"zero_optimization {zero!r}", expected="zero_optimization: {stage: 0, 1, 2 or 3}", cure="name a file of configs/deepspeed")
+            self._wrong(path, "no ZeRO stage is given", got=f"zero_optimization {zero!r}", expected="stage 0, 1, 2 or 3", cure="name a file of configs/deepspeed")
             return
         with self._at(path):
             deepspeed_config(stage, 1, precision_of(self.run.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
@@ -289,7 +288,7 @@ class _Check:
     def _weights(self) -> None:
         for path, part in (("model.encoder", self.run.model.encoder), ("model.llm", self.run.model.llm)):
             if part.weights == "path" and part.path is None:
-                self._wrong(path, "weights: path is asked for, but no path is given", got="path null", expected="a folder with weights", cure=f"set {path}.path, or {path}.weights=random")
+                self._wrong(path, "weights of a path are asked for", got="no path", expected="a folder with weights", cure=f"set {path}.path, or {path}.weights=random")
             elif part.weights == "path":
                 self._there(f"{path}.path", str(part.path))
 
@@ -424,22 +423,21 @@ class _Check:
         return {name: len(self.readers[name]) if name in self.readers else getattr(spec, "samples", None) for name, spec in self._used().items()}
 
     def _data(self) -> None:
-        seconds = float("inf") if self.everything else QUICK_SECONDS if self.quick else SECONDS
-        until = time.monotonic() + seconds
+        until = time.monotonic() + self.seconds
         scans: dict[str, cost.Scan] = {}
         for name, reader in self.readers.items():
             stages = [(stage_name, stage) for stage_name, stage in self.run.stages.items() if name in sources_of(stage) and stage_name in self.rows]
             measures = [cost.Measure(stage_name, self.rows[stage_name], stage.max_length, stage.too_long) for stage_name, stage in stages]
             spec = self.run.data[name]
             images = getattr(spec, "images", None)
+            unset = images is not None and "${" in images
             absent = images is not None and not Path(images).is_dir()
-            scans[name] = cost.scan(str(getattr(spec, "file", "")), reader, measures, headers=0 if absent else float("inf") if self.everything else HEADERS, until=until)
-            if absent and "${" not in images and scans[name].vision:
-                self._wrong(f"data.{name}.images", "there is no such folder", got=images, expected="the folder of the pictures", cure=f"set data.{name}.images, or data_root", kind=DataError)
+            headers = 0 if absent else float("inf") if self.everything else HEADERS
+            scans[name] = cost.scan(str(getattr(spec, "file", "")), reader, measures, headers=headers, until=until)
+            if absent and not unset and scans[name].vision:
+                self._wrong(f"data.{name}.images", "there is no such folder of pictures", kind=DataError, got=images, cure=f"set data.{name}.images, or data_root")
             elif scans[name].closed:
                 self.report._leave(f"data.{name}: the headers of {scans[name].closed:,} pictures" + ("" if absent else " (--all reads every one)"))
-            if scans[name].unmeasured:
-                self.report._leave(f"data.{name}: {scans[name].unmeasured:,} records were read but not rendered, after {seconds:g} s (--all renders every one)")
             self._refused(name, spec, scans[name], measures)
             self._measured(name, scans[name], measures)
         for index, stage in enumerate(self.run.stages.values()):
@@ -448,8 +446,7 @@ class _Check:
     def _refused(self, name: str, spec: Any, scan: cost.Scan, measures: list[cost.Measure]) -> None:
         source = str(getattr(spec, "file", name))
         problems = [*scan.refused.problems(source), *(problem for measure in measures for problem in measure.problems(source))]
-        nothing_left = any(len(measure.lost) == measure.measured and not measure.unknown and not scan.unmeasured for measure in measures)
-        if getattr(spec, "on_bad", "error") == "error" or nothing_left:
+        if getattr(spec, "on_bad", "error") == "error" or any(measure.nothing_left for measure in measures):
             for problem in problems:
                 self.report._add(problem)
             return
@@ -460,14 +457,17 @@ class _Check:
     def _measured(self, name: str, scan: cost.Scan, measures: list[cost.Measure]) -> None:
         for measure in measures:
             report = next(stage for stage in self.report.stages if stage.name == measure.stage)
-            report.longest = max(report.longest, measure.longest)
             for note, count in measure.notes.items():
                 report.counted[f"{name}: {note}"] = count
             if measure.cut and measure.too_long == "cut":
-                report.counted[f"{name}: cut to max_length {measure.max_length}"] = measure.cut
+                report.counted[f"{name}: cut to max_length {measure.max_length}, the longest has {measure.longest:,} tokens"] = measure.cut
             if measure.picture_tokens:
                 seen = measure.picture_tokens | set(report.picture_range or ())
                 report.picture_range = min(seen), max(seen)
+            if measure.late:
+                self.report._leave(
+                    f"data.{name}: whether {measure.late:,} rows of stage {measure.stage} are too long, after {self.seconds:g} s of measuring (--all measures every one)"
+                )
             if measure.unknown:
                 self.report._leave(f"data.{name}: the length of {measure.unknown:,} rows of stage {measure.stage}, whose pictures' sizes are not known")
 
@@ -521,7 +521,7 @@ def _spans(row: Row, tokenizer: Any) -> list[Span]:
     spans: list[Span] = []
     text: list[int] = []
     branch = 0
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         here, _, kind, supervised = keys[start]
         if here != branch:
             spans.append((f"\n    <question {here}> ", False))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from vlm.config import ModelSpec
-from vlm.data.sample import Picture, Sample
+from vlm.data.sample import Picture, Sample, Turn
 from vlm.encoders.base import EncoderSpec, Mode
 from vlm.errors import DataError, VLMError
 from vlm.features import ImageInput, TokenLayout
@@ -78,13 +78,14 @@ def length(run: RunSpec, index: int, sizes: Mapping[str, int | None]) -> Length:
 
 def typical_size(encoder: EncoderSpec) -> tuple[int, int]:
     """Width and height of a picture as its encoder likes it: its own size, 448 x 448 for one that has none."""
-    return (int(getattr(encoder, "size", None) or 448),) * 2
+    side = int(getattr(encoder, "size", None) or 448)
+    return side, side
 
 
 class RowLengths(VLMProcessor):
     """The processor of a stage, with pictures that are sizes only: its rows have the ids, labels and errors of training, and nothing is decoded.
 
-    sizes: upright (width, height) of pictures whose headers were read. Others count as `typical_size`, exact for an encoder whose token count does not depend on the picture (`fixed`).
+    sizes: upright (width, height) of pictures whose headers were read. Others count as `typical_size`, which is exact where the tokens do not depend on the picture (`fixed`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -130,78 +131,129 @@ class Refusals:
                 yield DataError(f"{source}: {count - len(named):,} more samples are refused like the last one above", cure=named[-1].cure)
 
 
+Shape = tuple[bool, tuple[tuple[str, bool, tuple[bool | None, ...]], ...]]
+"""All that a template sees of a sample: independent or not; per turn its role, whether it is learned, and its parts: a text, an empty one, a picture (None)."""
+
+
+def _shape(sample: Sample) -> Shape:
+    return sample.independent, tuple((turn.role, turn.supervised, tuple(bool(part) if isinstance(part, str) else None for part in turn.parts)) for turn in sample.turns)
+
+
 @dataclass
 class Measure:
-    """The rows that one stage makes of one source, measured as training will cut them.
+    """The rows that one stage makes of one source, as training will cut them.
 
-    measured: rows rendered. cut: rows above max_length. longest: tokens. lost: refusals of rows that lose every supervised token, first_lost: the first, with the tokens that it needs.
-    notes: what happened to samples, counted.
+    A template renders marks that stand for texts, so samples of one shape are refused together; and a row has no more tokens than its text has bytes, beside those of the template and of the
+    pictures. So only new shapes and what may be longer than max_length are rendered, which makes hundreds of thousands of records bearable.
+
+    rendered: rows that fit or are cut. unknown: rows whose pictures' sizes are not known. late: rows not rendered for want of time. cut: rows above max_length, longest: tokens of the
+    longest. lost: refusals of rows that lose every supervised token. first_lost: the first, and the tokens that it needs. notes: what happened to samples, counted.
     """
 
     stage: str
     rows: RowLengths
     max_length: int
     too_long: str
-    measured: int = 0
+    rendered: int = 0
     unknown: int = 0
+    late: int = 0
     cut: int = 0
     longest: int = 0
     lost: Refusals = field(default_factory=Refusals)
     first_lost: tuple[str, int] | None = None
     notes: Counter[str] = field(default_factory=Counter)
     picture_tokens: set[int] = field(default_factory=set)
+    _shapes: dict[Shape, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
 
-    def add(self, sample: Sample, sizes: Mapping[Picture, tuple[int, int]]) -> None:
-        """Render and measure a sample. Raises DataError where training would refuse it, but for what goes into `lost`."""
+    def add(self, sample: Sample, sizes: Mapping[Picture, tuple[int, int]], in_time: bool) -> None:
+        """Measure a sample. Raises DataError where training would refuse it, but for what goes into `lost`."""
         self.rows.sizes = dict(sizes)
+        shape = _shape(sample)
+        if shape not in self._shapes:
+            notes = self.rows.row(sample).notes
+            self._shapes[shape] = self._overhead(sample), notes[len(sample.notes) :]
+        overhead, notes = self._shapes[shape]
+        self.notes.update(sample.notes + notes)
         if not self.rows.knows(sample):
             self.unknown += 1
             return
+        counts = [self.rows.see(picture).layout.count for picture in sample.pictures]
+        self.picture_tokens.update(counts)
+        fits = overhead + sum(counts) + _text_bytes(sample) <= self.max_length
+        if not fits and not in_time:
+            self.late += 1
+            return
+        self.rendered += 1
+        if not fits:
+            self._cut(sample, max(counts, default=0))
+
+    def _overhead(self, sample: Sample) -> int:
+        """Tokens of a sample of this shape with next to no text, of independent questions each with what they share."""
+        turns = [Turn(turn.role, tuple("x" if isinstance(part, str) else part for part in turn.parts), turn.supervised) for turn in sample.turns]
+        if not sample.independent:
+            return len(self.rows.prompt.encode(turns).ids)
+        answers = sum(turn.role == "assistant" for turn in turns)
+        first = next(index for index, turn in enumerate(turns) if turn.role == "assistant")
+        return answers * len(self.rows.prompt.encode(turns[: first + 1]).ids)
+
+    def _cut(self, sample: Sample, largest: int) -> None:
         row = self.rows.row(sample)
-        self.measured += 1
-        self.longest = max(self.longest, len(row))
-        self.notes.update(row.notes)
-        counts = {image.layout.count for image in row.images}
-        self.picture_tokens |= counts
         if len(row) <= self.max_length:
             return
-        self.cut += 1
+        self.cut, self.longest = self.cut + 1, max(self.longest, len(row))
         try:
             self.rows.row(sample, max_length=self.max_length, too_long=self.too_long)
         except DataError as problem:
-            if self.too_long == "error" or max(counts, default=0) >= self.max_length:
+            if self.too_long == "error" or largest >= self.max_length:
                 raise
             self.lost.add(problem, sample.where)
             self.first_lost = self.first_lost or (sample.where, len(row))
 
+    @property
+    def nothing_left(self) -> bool:
+        """Whether no row is known to be of use."""
+        return len(self.lost) == self.rendered and not self.unknown and not self.late
+
     def problems(self, source: str) -> Iterator[VLMError]:
         """What is lost at max_length: one problem where that is all."""
-        if self.first_lost is None or len(self.lost) < self.measured:
+        if self.first_lost is None or not self.nothing_left:
             yield from self.lost.problems(source)
             return
         where, needed = self.first_lost
         yield DataError(
-            f"{source}: all {self.measured:,} samples lose every supervised token at max_length {self.max_length} of stage {self.stage}; the first is {where}",
+            f"{source}: all {self.rendered:,} samples lose every supervised token at max_length {self.max_length} of stage {self.stage}; the first is {where}",
             got=f"{needed} tokens needed there, {self.longest} by the longest",
             expected=f"an answer within {self.max_length} tokens",
             cure=f"raise stages.{self.stage}.max_length",
         )
 
 
+def _text_bytes(sample: Sample) -> int:
+    """Bytes of the texts, those that independent questions share as often as there are questions."""
+    if not sample.independent:
+        return sum(len(turn.text.encode()) for turn in sample.turns)
+    answers = sum(turn.role == "assistant" for turn in sample.turns)
+    shared = sum(len(turn.text.encode()) for turn in sample.turns if turn.role == "system")
+    breaks = max(len(turn.text) - len(turn.text.lstrip("\n")) for turn in sample.turns)
+    return answers * (shared + breaks) + sum(len(turn.text.encode()) for turn in sample.turns)
+
+
 @dataclass
 class Scan:
-    """What a look at every record of a source found. readable: records without a fault. vision: those with pictures. closed: pictures whose headers were not read. unmeasured: records read only."""
+    """What a look at every record of a source found.
+
+    readable: records without a fault. vision: those with pictures. opened, closed: pictures whose headers were read, and were not.
+    """
 
     readable: int = 0
     vision: int = 0
     opened: int = 0
     closed: int = 0
-    unmeasured: int = 0
     refused: Refusals = field(default_factory=Refusals)
 
 
 def scan(file: str, reader: Any, measures: Sequence[Measure], *, headers: float, until: float) -> Scan:
-    """Read every record, the first `headers` pictures' headers, and measure the rows until the clock (`time.monotonic`) says `until`.
+    """Read every record and the first `headers` pictures' headers; measure rows until the clock (`time.monotonic`) says `until`.
 
     file: what the messages of the reader begin with.
     """
@@ -219,12 +271,9 @@ def scan(file: str, reader: Any, measures: Sequence[Measure], *, headers: float,
         except DataError as problem:
             found.refused.add(problem, sample.where)
             continue
-        if time.monotonic() > until:
-            found.unmeasured += 1
-            continue
         for measure in measures:
             try:
-                measure.add(sample, sizes)
+                measure.add(sample, sizes, time.monotonic() <= until)
             except DataError as problem:
                 found.refused.add(problem, sample.where)
     return found

@@ -1,7 +1,8 @@
 """What travels between encoder and decoder: packed features of pictures of any size, and the layouts that count them before they exist."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,15 +59,14 @@ class ImageInput:
         return ImageInput({name: view.pin_memory() for name, view in self.views.items()}, self.width, self.height, self.layout)
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """Packed features of one stream of an encoder, or of a connector's output.
 
     levels: level -> (N, D), the tokens of all pictures one after another, prefix tokens included. lengths: tokens per picture, summing to N.
     grids: (rows, columns) of each picture's patches. prefix: summary tokens in front of each picture's patches.
     """
 
-    levels: Mapping[Level, Tensor]
+    levels: dict[Level, Tensor]
     lengths: tuple[int, ...]
     grids: tuple[tuple[int, int], ...]
     prefix: int = 0
@@ -83,11 +83,13 @@ class Stream:
 OUT: Level = "out"
 
 
-@dataclass(frozen=True)
-class Features:
-    """Features by stream. An encoder has one stream ("image") or several; a connector gives one, with the one level "out"."""
+class Features(NamedTuple):
+    """Features by stream. An encoder has one stream ("image") or several; a connector gives one, with the one level "out".
 
-    streams: Mapping[str, Stream] = field(default_factory=dict)
+    Named tuples and dicts, because modules return them: ZeRO 3 looks for tensors inside tuples and dicts only, and a module whose tensors it does not find loses its own parameters in backward.
+    """
+
+    streams: dict[str, Stream]
 
     @classmethod
     def of(cls, tokens: Tensor, lengths: Sequence[int], grids: Sequence[tuple[int, int]]) -> "Features":
