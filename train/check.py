@@ -36,7 +36,7 @@ from vlm.train.optim import Group, rates
 from vlm.train.stages import model_at, sources_of, stage_mixture
 from vlm.weights.files import find_folder
 
-__all__ = ["Parts", "Report", "StageReport", "check", "parts_table"]
+__all__ = ["Parts", "Report", "StageReport", "check_run", "parts_table"]
 
 HEADERS = 1000
 """Pictures per source whose headers are read, unless everything is asked for."""
@@ -81,7 +81,7 @@ class StageReport:
 
 @dataclass
 class Report:
-    """What `check` found. problems: each keeps the run from training as it is written. exports: family -> public class, or why not."""
+    """What `check_run` found. problems: each keeps the run from training as it is written. exports: family -> public class, or why not."""
 
     name: str
     stages: list[StageReport] = field(default_factory=list)
@@ -112,7 +112,8 @@ class Report:
         for title, style, lines in (("not checked", "cyan", self.not_checked), ("warning", "yellow", self.warnings), ("problem", "bold red", map(str, self.problems))):
             for line in lines:
                 console.print(Text(f"{title}: ", style=style).append(line, style="default"), soft_wrap=True)
-        console.print(Text(f"{self.name}: {len(self.problems) or 'no'} problems", style="bold red" if self.problems else "bold green"))
+        count = len(self.problems)
+        console.print(Text(f"{self.name}: {count or 'no'} {'problem' if count == 1 else 'problems'}", style="bold red" if count else "bold green"))
 
     def _add(self, problem: VLMError) -> None:
         if str(problem) not in map(str, self.problems):
@@ -132,7 +133,7 @@ def _print_stage(stage: StageReport, console: Console) -> None:
     for line in _facts(stage):
         console.print(Text(f"  {line}"), soft_wrap=True)
     for number, spans in enumerate(stage.rendered, 1):
-        text = Text(f"  sample {number}, what is learned {'in green' if console.is_terminal else 'in [[ ]]'}:\n", style="dim")
+        text = Text().append(f"  sample {number}, what is learned {'in green' if console.is_terminal else 'in [[ ]]'}:\n", "dim")
         for part, supervised in spans:
             text.append(part if console.is_terminal else f"[[{part}]]" if supervised else part, style="bold green" if supervised else "default")
         console.print(text, soft_wrap=True)
@@ -156,11 +157,11 @@ def _facts(stage: StageReport) -> Iterator[str]:
 # ---- checking ------------------------------------------------------------------------------------------------------------
 
 
-def check(run: RunSpec, *, everything: bool = False, quick: bool = False) -> Report:
+def check_run(run: RunSpec, *, everything: bool = False, quick: bool = False) -> Report:
     """All problems of a run at once, and what it would do.
 
-    Every record of every source that is used is opened, and the headers of the first 1,000 pictures of each source; every form of conversation is rendered. Rows that may be too long are
-    measured for two minutes, and the report says how many were left.
+    Every record of every source that is used is opened, and the headers of the first 1,000 pictures of each source; every form of conversation is rendered. Rows that may be
+    too long are measured for two minutes, and the report says how many were left.
 
     Args:
         everything: all headers, all rows, however long it takes.
@@ -209,6 +210,11 @@ class _Check:
             for index, stage in enumerate(self.run.stages.values()):
                 self._render(index, stage)
         self._exports()
+
+    @property
+    def entered(self) -> bool:
+        """Whether it is known in which stage each adaptation enters."""
+        return not any(f"model.adapt.{name}.since" in self.wrong for name in self.run.model.adapt)
 
     # ---- what needs no part --------------------------------------------------------------------------------------------
 
@@ -347,32 +353,25 @@ class _Check:
                 prompt = Prompt(stage.prompt, self.tokenizer)
         if not self.chained or self.text is None or f"stages.{name}.images" in self.wrong:
             return
-        report.picture_tokens = self._picture_tokens(stage)
-        if report.picture_tokens >= stage.max_length > 0:
+        report.picture_tokens, fixed = cost.picture_tokens(self.run.model, self.text.hidden_size, stage.images.use)
+        if fixed and report.picture_tokens >= stage.max_length > 0:
             cure = f"raise stages.{name}.max_length, or use an encoder with fewer tokens"
             self._wrong(f"stages.{name}.max_length", "too short for one picture", got=stage.max_length, expected=f"more than its {report.picture_tokens:,} tokens", cure=cure)
         elif prompt is not None:
             self.rows[name] = cost.RowLengths(self.run.model, self.text.hidden_size, self.tokenizer, stage.prompt, stage.images.use, stage.images.official)
 
-    def _picture_tokens(self, stage: StageSpec) -> int:
-        encoder = self.run.model.encoder
-        layouts = encoder.layout(*cost.typical_size(encoder), "train")
-        for spec, _ in links(encoder, self.run.model.connector, self.text.hidden_size):
-            layouts = {"image": spec.layout(layouts)}
-        return next(iter(layouts.values())).count
-
     def _structure(self, index: int, stage: StageSpec) -> None:
         name = list(self.run.stages)[index]
-        if self.text is None or not self.chained or any(path.startswith("model.adapt") for path in self.wrong):
+        if self.text is None or not self.chained or not self.entered:
             return
         spec = model_at(self.run, index)
         with self._at("model"):
             model = cost.structure(spec, placeholder_id(self.tokenizer) if self.tokenizer else 0)
             self._parts(model.groups())
             for word, node in stage.train.items():
-                with self._at(f"stages.{name}.{word}"):
+                with self._at(f"stages.{name}.train.{word}"):
                     rates(model.groups(), {word: node})
-            if not any(f"stages.{name}.{word}" in self.wrong for word in stage.train):
+            if not any(f"stages.{name}.train.{word}" in self.wrong for word in stage.train):
                 with self._at(f"stages.{name}"):
                     self.report.stages[index].groups = cost.ledger(model, stage)
         self.report.stages[index].breaks = [f"{adapted}: {text}" for adapted, part in spec.adapt.items() for text in part.breaks()]
@@ -499,7 +498,7 @@ class _Check:
             report.rendered.append(_spans(row, rows.tokenizer))
 
     def _exports(self) -> None:
-        if self.text is None or not self.run.stages:
+        if self.text is None or not self.run.stages or not self.entered:
             return
         from vlm.weights.llava import obstacles
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlm.config import ModelSpec
+from vlm.config import ModelSpec, links
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.encoders.base import EncoderSpec, Mode
 from vlm.errors import DataError, VLMError
@@ -26,7 +26,7 @@ from vlm.train.optim import Group, plan
 from vlm.train.stages import sources_of, stage_mixture
 from vlm.train.steps import accumulation
 
-__all__ = ["Length", "Measure", "Refusals", "RowLengths", "Scan", "batch_line", "ledger", "length", "scan", "structure", "typical_size"]
+__all__ = ["Length", "Measure", "Refusals", "RowLengths", "Scan", "batch_line", "ledger", "length", "picture_tokens", "scan", "structure", "typical_size"]
 
 NAMED = 5
 """Refused samples of one kind that are named before the others are only counted."""
@@ -82,6 +82,21 @@ def typical_size(encoder: EncoderSpec) -> tuple[int, int]:
     return side, side
 
 
+def picture_tokens(model: ModelSpec, width: int, policy: str) -> tuple[int, bool]:
+    """Tokens that a picture of the encoder's own size becomes, and whether every picture becomes as many. width: the decoder's. policy: of the stage."""
+    side, _ = typical_size(model.encoder)
+    sizes = [(side, side)]
+    if policy not in ("crop", "squash"):
+        sizes += [(2 * side, 2 * side)] if policy == "pad" else [(2 * side, 2 * side), (side, 3 * side), (3 * side, side)]
+    counts = []
+    for size in sizes:
+        layouts = model.encoder.layout(*size, "train")
+        for spec, _ in links(model.encoder, model.connector, width):
+            layouts = {"image": spec.layout(layouts)}
+        counts.append(next(iter(layouts.values())).count)
+    return counts[0], len(set(counts)) == 1
+
+
 class RowLengths(VLMProcessor):
     """The processor of a stage, with pictures that are sizes only: its rows have the ids, labels and errors of training, and nothing is decoded.
 
@@ -93,8 +108,7 @@ class RowLengths(VLMProcessor):
         self.sizes: dict[Picture, tuple[int, int]] = {}
         self.typical = typical_size(self.model.encoder)
         self._layouts: dict[tuple[int, int], TokenLayout] = {}
-        side = self.typical[0]
-        self.fixed = len({self.layout(width, height, "train").count for width, height in ((side, side), (side, 3 * side), (3 * side, side), (2 * side, 2 * side))}) == 1
+        self.fixed = picture_tokens(self.model, self.width, self.policy)[1]
 
     def see(self, picture: Picture | Image.Image | bytes | str | Path, mode: Mode = "infer", where: str = "") -> ImageInput:
         size = self.sizes.get(picture, self.typical) if isinstance(picture, Picture) else self.typical
@@ -143,11 +157,11 @@ def _shape(sample: Sample) -> Shape:
 class Measure:
     """The rows that one stage makes of one source, as training will cut them.
 
-    A template renders marks that stand for texts, so samples of one shape are refused together; and a row has no more tokens than its text has bytes, beside those of the template and of the
-    pictures. So only new shapes and what may be longer than max_length are rendered, which makes hundreds of thousands of records bearable.
+    A template renders marks that stand for texts, so samples of one shape are refused together; and a row has no more tokens than its text has bytes, beside those of the
+    template and of the pictures. So only new shapes and what may be longer than max_length are rendered, which makes hundreds of thousands of records bearable.
 
-    rendered: rows that fit or are cut. unknown: rows whose pictures' sizes are not known. late: rows not rendered for want of time. cut: rows above max_length, longest: tokens of the
-    longest. lost: refusals of rows that lose every supervised token. first_lost: the first, and the tokens that it needs. notes: what happened to samples, counted.
+    rendered: rows that fit or are cut. unknown: rows whose pictures' sizes are not known. late: rows not rendered for want of time. cut: rows above max_length, longest: tokens
+    of the longest. lost: refusals of rows that lose every supervised token. first_lost: the first, and the tokens that it needs. notes: what happened to samples, counted.
     """
 
     stage: str

@@ -31,7 +31,7 @@ def connect() -> tuple[int, int, torch.device]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized() and "RANK" not in os.environ:  # one process: no port, and DeepSpeed does not look for MPI
         os.environ.setdefault("LOCAL_RANK", "0")  # the engine insists on it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[reportPrivateImportUsage]
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -74,11 +74,8 @@ class Engine:
         self.device, self.ranks = device, dist.get_world_size()
         self.peaks = [group["peak"] for group in optimizer.param_groups]
         self.paths = [group["path"] for group in optimizer.param_groups]
-        self.inner, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-
-    @property
-    def model(self) -> nn.Module:
-        return self.inner.module
+        self.model = model
+        self.inner: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         return self.inner(**inputs)

@@ -1,6 +1,7 @@
 """Who is trained at what rate: a stage's `train` tree laid over the parameter groups that the parts declare."""
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from vlm.train.config import OptimizerSpec
 
 __all__ = ["Group", "adamw", "decays", "plan", "rates"]
 
-_NEVER_DECAYED = re.compile(r"(cls_token|class_token|reg_token|register_tokens?|mask_token|pos_embed|position_embedding|class_embedding|queries|query_tokens?)")
+_NEVER_DECAYED = re.compile(r"(cls_token|class_token|reg_token|register_tokens?|mask_token|pos_embed|position_embedding|embed_positions|\bwpe\b|class_embedding|queries|query_tokens?)")
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,19 @@ def _check_names(paths: list[str], tree: Mapping[str, Any], prefix: tuple[str, .
     known = {path.split(".")[len(prefix)] for path in paths if tuple(path.split(".")[: len(prefix)]) == prefix and path.count(".") >= len(prefix)}
     for word, node in tree.items():
         here = ".".join((*prefix, word))
-        if word == "rest" and (prefix or not isinstance(node, Mapping)):
-            continue
-        if word not in known:
+        if word != "rest" and word not in known:
             near = difflib.get_close_matches(word, known, 1)
             raise ConfigurationError(
                 f"train: no group {here!r}", expected=f"one of {', '.join(sorted(known)) or 'nothing below ' + '.'.join(prefix)}", cure=f"did you mean {near[0]!r}?" if near else None
             )
-        if isinstance(node, Mapping):
+        if isinstance(node, Mapping) and word != "rest":
             _check_names(paths, node, (*prefix, word))
-        elif node != "frozen" and not (isinstance(node, int | float) and node >= 0):
-            raise ConfigurationError(f"train: the rate of {here!r} is no rate", got=repr(node), expected="a number, a mapping, or frozen")
+        elif not _is_rate(node):
+            raise ConfigurationError(f"train: the rate of {here!r} is no rate", got=repr(node), expected="a number from 0 on, or frozen" + (", or a mapping" if word != "rest" else ""))
+
+
+def _is_rate(node: object) -> bool:
+    return node == "frozen" or (isinstance(node, int | float) and not isinstance(node, bool) and 0 <= node < math.inf)
 
 
 def decays(name: str, shape: Iterable[int]) -> bool:

@@ -123,7 +123,7 @@ class _Stage:
             print_ledger(groups, self.log.console, f"stage {self.name}: {len(self.data)} steps of {self.stage.batch} samples, ZeRO {self.zero}, {self.dtype}")
             (self.folder / f"ledger-{self.name}.json").write_text(json.dumps(ledger_rows(groups), indent=1), encoding="utf-8")
         check_ledger(groups, model, optimizer)
-        model.to(self.device)
+        torch.nn.Module.to(model, self.device)
         engine = Engine(model, optimizer, self.config, self.device)
         torch.manual_seed(_seed(self.run.seed, self.index, self.rank + 1))
         if position is not None and found is not None:

@@ -10,23 +10,23 @@ from vlm.compat import cure_torchvision
 
 if TYPE_CHECKING:
     from vlm import connectors, encoders, llm, objectives
-    from vlm.generate import answer, generate
+    from vlm.eval.run import evaluate
+    from vlm.generate import answer
     from vlm.loading import load
-    from vlm.train.check import check
+    from vlm.train.check import check_run as check
     from vlm.train.config import RunSpec
     from vlm.train.stages import fit
 
-__all__ = ["answer", "check", "compose", "connectors", "encoders", "evaluate", "fit", "generate", "llm", "load", "objectives"]
+__all__ = ["answer", "check", "compose", "connectors", "encoders", "evaluate", "fit", "llm", "load", "objectives"]
 
 cure_torchvision()
 
 _PLACES = {
-    "answer": "vlm.generate",
-    "check": "vlm.train.check",
-    "evaluate": "vlm.eval.run",
-    "fit": "vlm.train.stages",
-    "generate": "vlm.generate",
-    "load": "vlm.loading",
+    "answer": ("vlm.generate", "answer"),
+    "check": ("vlm.train.check", "check_run"),
+    "evaluate": ("vlm.eval.run", "evaluate"),
+    "fit": ("vlm.train.stages", "fit"),
+    "load": ("vlm.loading", "load"),
 }
 
 
@@ -40,7 +40,8 @@ def compose(config: str, *overrides: str) -> "RunSpec":
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        return getattr(importlib.import_module(_PLACES[name]), name)
+        module, attribute = _PLACES[name]
+        return getattr(importlib.import_module(module), attribute)
     if name in ("connectors", "encoders", "llm", "objectives"):
         return importlib.import_module(f"vlm.{name}")
     raise AttributeError(f"module 'vlm' has no attribute {name!r}")

@@ -15,7 +15,7 @@ class VLMConfig(PreTrainedConfig):
     """Model type "vlm"."""
 
     model_type = "vlm"
-    sub_configs = {"text_config": AutoConfig}
+    sub_configs = {"text_config": AutoConfig}  # type: ignore[assignment]  # a class attribute in every subclass of transformers, too
     has_no_defaults_at_init = True
 
     def __init__(

@@ -77,7 +77,7 @@ def prepare(model: "VLM", processor: VLMProcessor) -> None:
     assert config is not None
     for name, value in _settings(model, processor).items():
         setattr(config, name, value)
-    config._from_model_config = False  # else transformers may derive it again
+    config._from_model_config = False  # from here on somebody wrote it: `stop_ids` of a loaded folder takes it at its word
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------------

@@ -24,10 +24,8 @@ def draw(module: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     if isinstance(module, PreTrainedModel):
-        for part in module.modules():
-            part.__dict__.pop("_is_hf_initialized", None)
-        for parameter in module.parameters():
-            parameter.__dict__.pop("_is_hf_initialized", None)
+        for marked in (*module.modules(), *module.parameters()):
+            marked._is_hf_initialized = False  # type: ignore[assignment]
         module.initialize_weights()
         return
     reset = getattr(module, "reset_parameters", None)

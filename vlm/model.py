@@ -19,7 +19,7 @@ from vlm.llm import decoder as decoders
 from vlm.llm.base import AdaptationSpec
 from vlm.llm.context import Auxiliary, Keys, TokenContext
 from vlm.llm.head import finish_logits
-from vlm.splice import splice, type_from_ids
+from vlm.splice import put_features, type_from_ids
 
 __all__ = ["VLM", "VLMOutput"]
 
@@ -85,10 +85,10 @@ class VLM(PreTrainedModel, GenerationMixin):
         """(B, S, D): text embeddings with the pictures' features among them. One embedding call and, while training, one encoder call whatever the rows hold."""
         embeddings = self.llm.get_input_embeddings()(input_ids)
         if images:
-            return splice(embeddings, self.see(images).tokens, vision)
+            return put_features(embeddings, self.see(images).tokens, vision)
         if self.training:
-            return splice(embeddings, self.see([self._dummy(embeddings)]).tokens, vision, dummy=True)
-        return embeddings
+            return put_features(embeddings, self.see([self._dummy(embeddings)]).tokens, vision, dummy=True)
+        return put_features(embeddings, embeddings.new_empty(0, embeddings.shape[-1]), vision)
 
     def forward(
         self,
@@ -119,11 +119,15 @@ class VLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: logits of the last so many positions, 0 for all; default: all without labels, none with them.
         """
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        if mm_token_type_ids is None and input_ids is not None:
+        if mm_token_type_ids is None and input_ids is not None and not past:
             mm_token_type_ids = type_from_ids(input_ids, self.config.image_token_id)
         if inputs_embeds is None:
-            assert input_ids is not None and mm_token_type_ids is not None
-            inputs_embeds = self.embed(input_ids, mm_token_type_ids == 1, images if past == 0 else None)
+            assert input_ids is not None
+            if past:  # behind a cache there is text only
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                assert mm_token_type_ids is not None
+                inputs_embeds = self.embed(input_ids, mm_token_type_ids == 1, images)
         context = self.context(inputs_embeds, past, attention_mask, position_ids, mm_token_type_ids, document_ids, picture_ids, branch_ids, bool(images), plain)
         output = decoders.stack(self.llm)(
             inputs_embeds=inputs_embeds,
@@ -160,7 +164,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         index = torch.arange(past, past + length, device=device).expand(rows, -1)
         plain = past == 0 and (plain or (branch_ids is None and attention_mask is None and document_ids is None))
         whole = attention_mask if attention_mask is not None else torch.ones(rows, past + length, dtype=torch.int64, device=device)
-        key_document = whole.to(torch.int64) - 1  # 1 -> document 0 of the row, 0 -> padding
+        key_document = whole.to(torch.int64) * torch.arange(1, rows + 1, device=device)[:, None] - 1  # 1 -> the row's document, 0 -> padding (-1)
         if document_ids is not None:
             key_document = torch.cat([key_document[:, :past], document_ids], 1)
         key_position = (whole.cumsum(1) - 1).clamp(min=0)
@@ -256,10 +260,8 @@ class VLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "VLM":
         """As in transformers, but a missing, unexpected or mis-shaped key is a CheckpointError."""
         wanted = kwargs.pop("output_loading_info", False)
-        try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        except RuntimeError as problem:
-            raise CheckpointError(f"weights of {args[0] if args else '?'} do not fit the model: {problem}", cure="load them into the model that its config.json describes") from problem
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
         if problems:
             raise CheckpointError(

@@ -18,7 +18,7 @@ from vlm.errors import CheckpointError, DataError
 from vlm.features import ImageInput, TokenLayout
 from vlm.images import apply_policy, open_picture
 from vlm.llm.context import TEXT, VISION
-from vlm.prompt import PICTURE, Encoded, Prompt, PromptSpec
+from vlm.prompt import GIVEN_UP, PICTURE, Encoded, Prompt, PromptSpec
 from vlm.weights.files import find_folder
 
 __all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "load_tokenizer", "placeholder_id"]
@@ -122,9 +122,10 @@ class VLMProcessor:
 
     def _policy_size(self, width: int, height: int) -> tuple[int, int]:
         if self.policy == "pad":
-            return (max(width, height),) * 2
+            return max(width, height), max(width, height)
         if self.policy in ("crop", "squash"):
-            return (self.model.encoder.size,) * 2  # type: ignore[attr-defined]
+            side: int = self.model.encoder.size  # type: ignore[attr-defined]
+            return side, side
         return width, height
 
     # ---- rows ----------------------------------------------------------------------------------------------------------
@@ -135,39 +136,54 @@ class VLMProcessor:
         Raises DataError where a row is longer than max_length and too_long is "error", where one picture does not fit, or where a training row has nothing supervised.
         """
         images = [self.see(picture, mode, sample.where) for picture in sample.pictures]
-        parts = self._branches(sample) if sample.independent and not generate else [self.prompt.encode(sample.turns, generate=generate, where=sample.where)]
+        if sample.independent and not generate:
+            parts = self._branches(sample, max_length)
+        else:
+            parts = [self.prompt.encode(sample.turns, generate=generate, where=sample.where, max_length=max_length)]
         row = self._expand(sample, parts, images)
-        if max_length is not None and len(row) > max_length:
+        needed = len(row)
+        if max_length is not None and needed > max_length:
             row = self._cut(row, sample, max_length, too_long)
-        if not generate and mode == "train" and not row.supervised:
+        if not generate and mode == "train" and not row.supervised and GIVEN_UP not in row.notes:
             raise DataError(
-                f"{sample.where}: no token of sample {sample.id!r} is supervised" + (f" once it is cut to {max_length} tokens" if "cut" in row.notes else ""),
-                got=f"{len(row)} tokens" if "cut" not in row.notes else f"{self._needed(sample, parts, images)} tokens needed",
-                expected=f"an answer within max_length {max_length}" if max_length else "an assistant turn with text",
-                cure="raise max_length, or leave the sample out",
+                f"{sample.where}: no token of sample {sample.id!r} is supervised" + (f" once it is cut to {max_length} tokens" if len(row) < needed else ""),
+                got=f"{needed} tokens" + (" needed" if len(row) < needed else ""),
+                expected=f"an answer within max_length {max_length}" if len(row) < needed else "an assistant turn with text",
+                cure="raise max_length, or leave the sample out" if len(row) < needed else "add an answer, or leave the sample out",
             )
         return row
 
-    def _branches(self, sample: Sample) -> list[Encoded]:
-        """The trunk that all question-answer pairs share, then each pair's own part: every pair is encoded as a conversation of its own, what they have in common is the trunk."""
+    def _branches(self, sample: Sample, max_length: int | None) -> list[Encoded]:
+        """The trunk that all question-answer pairs share, then each pair's own part: every pair is encoded as a conversation of its own, what they have in common is the trunk.
+
+        Raises DataError for turns that are no pairs, and for pictures elsewhere than in front of the first question.
+        """
         head = tuple(turn for turn in sample.turns if turn.role == "system")
-        pictures = sample.pictures
         talk = [turn for turn in sample.turns if turn.role != "system"]
+        if not talk or [turn.role for turn in talk] != ["user", "assistant"] * (len(talk) // 2):
+            raise DataError(
+                f"{sample.where}: independent turns must be pairs of a question and its answer",
+                got=", ".join(turn.role for turn in talk) or "none",
+                cure="leave `independent` away",
+            )
+        shared = _pictures_in_front(talk[0])
+        if sum(isinstance(part, Picture) for part in shared) != len(sample.pictures):
+            raise DataError(
+                f"{sample.where}: independent questions must share the pictures, which stand in the first question",
+                cure="leave `independent` away, or move the pictures to the front",
+            )
         pairs: list[Encoded] = []
-        for question, answer in zip(talk[::2], talk[1::2], strict=False):
-            parts = tuple(part for part in question.parts if isinstance(part, str))
-            if question is talk[0]:
-                parts, first_text = question.parts, _text_around(question)
-            else:
-                parts = (*pictures, first_text, "".join(parts).lstrip("\n")) if pictures else parts
-            pairs.append(self.prompt.encode((*head, Turn("user", parts), answer), where=sample.where))
-        shared = min(len(pair.ids) for pair in pairs)
-        while any(pair.ids[:shared] != pairs[0].ids[:shared] or any(pair.supervised[: shared + 1]) for pair in pairs):  # a branch never begins with its answer: what predicts it is its own question
-            shared -= 1
-        trunk = Encoded(pairs[0].ids[:shared], [False] * shared, pairs[0].notes)
-        if trunk.ids.count(PICTURE) != len(pictures):
-            raise DataError(f"{sample.where}: independent questions must share the pictures, which stand in the first question", cure="leave `independent` away, or move the pictures to the front")
-        return [trunk, *(Encoded(pair.ids[shared:], pair.supervised[shared:]) for pair in pairs)]
+        for question, answer in zip(talk[::2], talk[1::2], strict=True):
+            if pairs and shared:
+                question = Turn("user", (*shared, question.text.lstrip("\n")))
+            pairs.append(self.prompt.encode((*head, question, answer), where=sample.where, max_length=max_length))
+        if len(pairs) == 1:
+            return pairs
+        common = next((place for place, ids in enumerate(zip(*(pair.ids for pair in pairs), strict=False)) if len(set(ids)) > 1), min(len(pair.ids) for pair in pairs))
+        # A branch never begins with its answer: what predicts the answer is the branch's own question.
+        common = max(0, min([common, *(pair.supervised.index(True) - 1 for pair in pairs if any(pair.supervised))]))
+        trunk = Encoded(pairs[0].ids[:common], [False] * common, tuple(dict.fromkeys(note for pair in pairs for note in pair.notes)))
+        return [trunk, *(Encoded(pair.ids[common:], [False, *pair.supervised[common + 1 :]]) for pair in pairs)]
 
     def _expand(self, sample: Sample, parts: Sequence[Encoded], images: Sequence[ImageInput]) -> Row:
         row = Row(sample.id, sample.source, [], [], [], [], [], [], list(images), sample.notes + parts[0].notes)
@@ -186,22 +202,37 @@ class VLMProcessor:
                 seen += index == PICTURE
         return row
 
-    def _needed(self, sample: Sample, parts: Sequence[Encoded], images: Sequence[ImageInput]) -> int:
-        return len(self._expand(sample, parts, images))
-
     def _cut(self, row: Row, sample: Sample, max_length: int, too_long: str) -> Row:
         """The first max_length tokens, never a part of a picture."""
         largest = max((image.layout.count for image in row.images), default=0)
         if largest >= max_length:
-            raise DataError(f"{sample.where}: one picture takes {largest} tokens, which does not fit", expected=f"less than max_length {max_length}", cure="raise max_length, or use an encoder with fewer tokens")
+            raise DataError(
+                f"{sample.where}: one picture takes {largest} tokens, which does not fit",
+                expected=f"less than max_length {max_length}",
+                cure="raise max_length, or use an encoder with fewer tokens",
+            )
         if too_long == "error":
-            raise DataError(f"{sample.where}: sample {sample.id!r} is too long", got=f"{len(row)} tokens", expected=f"at most max_length {max_length}", cure="raise max_length, or set too_long: cut")
+            raise DataError(
+                f"{sample.where}: sample {sample.id!r} is too long",
+                got=f"{len(row)} tokens",
+                expected=f"at most max_length {max_length}",
+                cure="raise max_length, or set too_long: cut",
+            )
         end = max_length
         while 0 < end < len(row) and row.pictures[end] >= 0 and row.pictures[end - 1] == row.pictures[end]:
             end -= 1
         kept = max((picture for picture in row.pictures[:end]), default=-1) + 1
         return Row(
-            row.id, row.source, row.ids[:end], row.labels[:end], row.types[:end], row.pictures[:end], row.branches[:end], row.positions[:end], row.images[:kept], (*row.notes, "cut")
+            row.id,
+            row.source,
+            row.ids[:end],
+            row.labels[:end],
+            row.types[:end],
+            row.pictures[:end],
+            row.branches[:end],
+            row.positions[:end],
+            row.images[:kept],
+            (*row.notes, "cut"),
         )
 
     # ---- batches -------------------------------------------------------------------------------------------------------
@@ -227,8 +258,9 @@ class VLMProcessor:
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """Tokenizer (its chat template is this prompt's) and vlm_processor.json."""
         folder = Path(folder)
-        self.tokenizer.chat_template = self.prompt.template.chat
+        own, self.tokenizer.chat_template = self.tokenizer.chat_template, self.prompt.template.chat
         self.tokenizer.save_pretrained(folder)
+        self.tokenizer.chat_template = own
         settings = _Settings(prompt=asdict(self.prompt.spec), policy={"use": self.policy, "official": self.official_pictures})
         (folder / "vlm_processor.json").write_text(json.dumps(asdict(settings), indent=2), encoding="utf-8")
 
@@ -247,10 +279,14 @@ class VLMProcessor:
         return cls(config.spec(), config.text_config.hidden_size, tokenizer, PromptSpec(**settings["prompt"]), settings["policy"]["use"], settings["policy"]["official"])
 
 
-def _text_around(turn: Turn) -> str:
-    """The line break that stands between the pictures and the text of a first question, which every independent question gets."""
-    text = turn.text
-    return text[: len(text) - len(text.lstrip("\n"))]
+def _pictures_in_front(question: Turn) -> tuple[str | Picture, ...]:
+    """The pictures that a question begins with, what is between them, and the line breaks behind: what every independent question gets."""
+    shared: tuple[str | Picture, ...] = ()
+    for place, part in enumerate(question.parts):
+        if isinstance(part, str) and part.strip():
+            return (*shared, part[: len(part) - len(part.lstrip("\n"))]) if shared else ()
+        shared = question.parts[: place + 1]
+    return shared
 
 
 def _bytes(picture: Picture | bytes | str | Path, where: str) -> bytes:
@@ -260,7 +296,9 @@ def _bytes(picture: Picture | bytes | str | Path, where: str) -> bytes:
     try:
         return source.read()
     except OSError as problem:
-        raise DataError(f"{where or 'picture'}: cannot read picture {source.path}", got=problem.strerror or str(problem), cure="check the path and the source's `images` folder") from problem
+        raise DataError(
+            f"{where or 'picture'}: cannot read picture {source.path}", got=problem.strerror or str(problem), cure="check the path and the source's `images` folder"
+        ) from problem
 
 
 def collate(rows: Sequence[Row], *, pad_id: int, left: bool = False) -> dict[str, Any]:

@@ -5,21 +5,27 @@ encoded piece by piece as plain text. An answer begins where the inference promp
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
+import jinja2.ext
 import jinja2.sandbox
 from transformers import PreTrainedTokenizerBase
 
+from vlm import prompt_official
 from vlm.data.sample import Picture, Turn
 from vlm.errors import ConfigurationError, DataError
 
-__all__ = ["PICTURE", "TEMPLATES", "Encoded", "PlainText", "Prompt", "PromptSpec", "Template"]
+__all__ = ["GIVEN_UP", "PICTURE", "TEMPLATES", "Encoded", "PlainText", "Prompt", "PromptSpec", "Template"]
 
 PICTURE = -1
 """Stands in `Encoded.ids` where the tokens of one picture go."""
+
+GIVEN_UP = "given up by the released label walk"
+"""Note of a conversation that `official` leaves without any label."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +38,7 @@ class Template:
     pictures_only: bool = False
 
 
-_VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
+_VICUNA_SYSTEM = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
 
 TEMPLATES = {
     # LLaVA's stage 1: the picture, its caption, a line break.
@@ -63,7 +67,7 @@ class PromptSpec:
     """use: a name of TEMPLATES, or "tokenizer". system: text in front of conversations that bring none (None: the template's own, "" for none).
 
     fold_system: what happens to a system turn that the template refuses or loses: it is put in front of the first user turn ("fold", counted) or is an error.
-    official: labels by the released walk (prompt_official.py).
+    official: training rows by the released walk (prompt_official.py), for the prompts plain and vicuna_v1.
     """
 
     use: str
@@ -84,53 +88,53 @@ class Encoded:
 class PlainText:
     """Encodes text as text: no control token comes out, and no word-boundary mark is put where the text goes on.
 
+    control: token -> id of what only a template may write: the special tokens, and added tokens that read like marks (`<tool>`). Added words and runs of spaces are ordinary vocabulary.
+
     The pieces of a row are encoded one by one. Tokenizers that put a mark in front of every string (SentencePiece-like ones) would put one at each seam; a piece that continues a row is
     therefore encoded behind an anchor, whose ids are cut off.
     """
 
-    ANCHORS = ("\n", "|", ">", ".", "0", "x")
+    ANCHORS = ("\n", "|", ">", ".", "0", "x", "\x01")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.control = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        self.control = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special or _is_mark(token.content)}
         for token, index in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
             self.control.setdefault(token, index)
-        self._control_ids = set(self.control.values())
-        self._marks_start = any(self._raw(word) != self._behind(word, anchor) for word in ("a", "the") for anchor in self.ANCHORS[:2])
-        self.ids = lru_cache(maxsize=65536)(self._ids)
+        # The tokenizer itself splits special tokens in text; of the others, and of those that are in its vocabulary too, the first character is cut off.
+        whole = [token for token, index in self.control.items() if len(token) > 1 and index in self._raw(token)]
+        self._whole = re.compile("|".join(f"(?={re.escape(token)})" for token in whole) or "(?!)", re.IGNORECASE)
+        trials = [(self._raw(word), self._behind(word, anchor)) for word in ("a", "the") for anchor in self.ANCHORS[:2]]
+        self._marks_start = any(behind is not None and behind != raw for raw, behind in trials)
+        self.ids = lru_cache(maxsize=4096)(self._ids)
 
     def _ids(self, text: str, start: bool) -> tuple[int, ...]:
         """Ids of `text`; start: it stands at the very beginning of the row."""
-        if not text:
-            return ()
-        if not start and self._marks_start:
-            return self._safe(self._continued(text), text, start)
-        return self._safe(self._raw(text), text, start)
+        cuts = [0, *(found.start() + 1 for found in self._whole.finditer(text)), len(text)]
+        return tuple(index for begin, end in pairwise(cuts) for index in self._piece(text[begin:end], start and begin == 0))
 
-    def _continued(self, text: str) -> list[int]:
+    def _piece(self, text: str, start: bool) -> list[int]:
+        if not text:
+            return []
+        if start or not self._marks_start:
+            return self._raw(text)
         for anchor in self.ANCHORS:
             ids = self._behind(text, anchor)
             if ids is not None:
                 return ids
-        return self._raw(text)
+        raise DataError(f"the tokenizer joins the text {text[:40]!r} to whatever stands before it", cure="use another tokenizer")
 
     def _raw(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]  # type: ignore[return-value]
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]  # type: ignore[return-value]
 
     def _behind(self, text: str, anchor: str) -> list[int] | None:
+        """Ids of the text behind the anchor, None where the two cannot be told apart."""
         head, ids = self._raw(anchor), self._raw(anchor + text)
-        return ids[len(head) :] if ids[: len(head)] == head else None
+        return ids[len(head) :] if head and ids[: len(head)] == head else None
 
-    def _safe(self, ids: list[int], text: str, start: bool) -> tuple[int, ...]:
-        """Text that spells a control token which the tokenizer does not know how to split (one not marked special) is split by us."""
-        if self._control_ids.isdisjoint(ids):
-            return tuple(ids)
-        for token in sorted(self.control, key=len, reverse=True):
-            at = text.find(token)
-            if at >= 0 and len(token) > 1:
-                cut = at + 1
-                return self._ids(text[:cut], start) + self._ids(text[cut:], False)
-        return tuple(ids)  # an ordinary word that is listed as an added token
+
+def _is_mark(token: str) -> bool:
+    return len(token) > 1 and not all(character.isalnum() or character.isspace() or character in "▁_-'" for character in token)
 
 
 @dataclass(frozen=True)
@@ -139,14 +143,38 @@ class _Piece:
 
     text: str
     kind: Literal["control", "picture", "text"]
-    supervised: bool = False
+    supervised: bool
 
 
-_MARK = re.compile("\ue000([tp])(\\d+)\ue001")
+class _Answer(NamedTuple):
+    """Characters start to end of the rendered row: what an answer adds to its inference prompt, up to and including the end mark."""
+
+    start: int
+    end: int
+    supervised: bool
+
+
+_MARK = "\ue000{}\ue001"
+"""Stands in a template's output for one part of the conversation: private characters around its index."""
+_MARKS = re.compile(_MARK.format("(?P<index>\\d+)"))
+
+_NO_LIMIT = 2**31
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, which transformers' templates put around answers: here it is only its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class Prompt:
     """One prompt template on one tokenizer.
+
+    end_ids: the end mark behind answers, one id.
 
     Raises ConfigurationError where they do not fit: an unknown name, a control token the tokenizer lacks, no end mark, a template whose inference prompt is not what training shows.
     """
@@ -160,12 +188,32 @@ class Prompt:
                 raise ConfigurationError(
                     f"prompt {spec.use!r} needs the control token {token!r}, which the tokenizer does not have", cure="choose another prompt, or add the token to the tokenizer"
                 )
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        self._compiled = self._compile()
+        self._atoms = re.compile(f"{_MARKS.pattern}|(?P<control>{self._control_pattern()})")
+        self.end_ids = self._end_ids()
+        if spec.official:
+            self._check_official()
+
+    def _compile(self) -> jinja2.Template:
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: ""
-        self._compiled = environment.from_string(self.template.chat)
-        self._controls = re.compile("|".join(re.escape(token) for token in sorted(self.text.control, key=len, reverse=True)) or "(?!)")
-        self.end_ids = self._end_ids()
+        try:
+            return environment.from_string(self.template.chat)
+        except jinja2.TemplateSyntaxError as problem:
+            raise ConfigurationError(
+                f"the template of prompt {self.spec.use!r} is not Jinja: {problem}", cure="mend the tokenizer's chat template, or choose another prompt"
+            ) from problem
+
+    def _control_pattern(self) -> str:
+        """Control tokens, the longest first. Some tokens swallow the blanks beside them, as the tokenizer has it for rendered text."""
+        tokens = self.tokenizer.added_tokens_decoder
+
+        def pattern(token: str, index: int) -> str:
+            before, behind = (index in tokens and getattr(tokens[index], side) for side in ("lstrip", "rstrip"))
+            return r"\s*" * before + re.escape(token) + r"\s*" * behind
+
+        return "|".join(pattern(*item) for item in sorted(self.text.control.items(), key=lambda item: -len(item[0]))) or "(?!)"
 
     def _find(self, name: str) -> Template:
         if name in TEMPLATES:
@@ -180,37 +228,64 @@ class Prompt:
         return Template(chat)
 
     def _end_ids(self) -> tuple[int, ...]:
-        """Ids of the end mark; one trial conversation also proves that training shows what inference prompts."""
+        """The end mark's id; a trial conversation also proves that training shows what inference prompts, and every answer in the same form."""
         trial = (Turn("user", ("q",)), Turn("assistant", ("a",), supervised=True), Turn("user", ("r",)), Turn("assistant", ("b",), supervised=True))
         if self.template.pictures_only:
             trial = (Turn("user", (Picture(""),)), trial[1])
         try:
-            encoded = self.encode(trial)
+            whole, first = self._encode(trial), self._encode(trial[:2])
         except DataError as problem:
-            raise ConfigurationError(f"prompt {self.spec.use!r} does not fit the tokenizer: {problem.what}", cure=problem.cure) from problem
-        answer = len(self.text.ids("b" if len(trial) > 2 else "a", False))
-        last = [index for index, kept in zip(encoded.ids, encoded.supervised, strict=True) if kept]
-        end = last[-1:]
-        if len(last) <= answer or (self.spec.use != "plain" and end[0] not in self.text._control_ids):
+            raise ConfigurationError(
+                f"prompt {self.spec.use!r} does not fit the tokenizer: {problem.what}", got=problem.got, expected=problem.expected, cure=problem.cure
+            ) from problem
+        end = max(place for place, supervised in enumerate(first.supervised) if supervised)
+        if len(self.text.ids("a", False)) >= sum(first.supervised) or (first.ids[end] not in self.text.control.values() and not self.template.pictures_only):
             raise ConfigurationError(
                 f"prompt {self.spec.use!r} writes no end mark behind an answer, so the model would never learn to stop",
                 got=f"eos_token {self.tokenizer.eos_token!r}",
                 cure="give the tokenizer an end token, or choose another prompt",
             )
-        return tuple(end)
+        last = max(place for place, supervised in enumerate(whole.supervised) if supervised)
+        if first.ids[: end + 1] != whole.ids[: end + 1] or whole.ids[last] != first.ids[end]:
+            raise ConfigurationError(
+                f"prompt {self.spec.use!r} writes an answer otherwise when it is the last than when the talk goes on, so training would show what inference never does",
+                cure="choose another prompt, or a template without thinking marks and rewritten history",
+            )
+        return (first.ids[end],)
+
+    def _check_official(self) -> None:
+        if self.spec.use not in ("plain", "vicuna_v1"):
+            raise ConfigurationError(f"no label walk was released for prompt {self.spec.use!r}", expected="plain or vicuna_v1", cure="leave `official` out")
+        if self.spec.system is not None:
+            raise ConfigurationError("an official prompt has its own system text", got=f"system {self.spec.system!r}", cure="leave `system` or `official` out")
+        start, stop = self.tokenizer("a")["input_ids"][0], prompt_official.TEMPLATES["vicuna_v1"].stop  # type: ignore[index]
+        if start != self.tokenizer.bos_token_id or stop not in self.text.control:
+            raise ConfigurationError(
+                "the released label walk needs a tokenizer that puts its start token in front of every string and ends answers in </s>, as Vicuna's does",
+                got=f"bos_token {self.tokenizer.bos_token!r}, eos_token {self.tokenizer.eos_token!r}",
+                cure="leave `official` out",
+            )
 
     # ---- rendering -------------------------------------------------------------------------------------------------------
 
-    def encode(self, turns: Sequence[Turn], *, generate: bool = False, where: str = "") -> Encoded:
+    def encode(self, turns: Sequence[Turn], *, generate: bool = False, where: str = "", max_length: int | None = None) -> Encoded:
         """Ids and supervision of a conversation; generate: end with the prompt for the next answer.
 
-        Raises DataError with `where` and the template's own sentence, where the template cannot render the turns.
+        max_length: where the row will be cut, which the released walk asks about; nothing is cut here.
+        Raises DataError with `where`: the template cannot render the turns (with its own sentence), or an answer to be learned has no text.
         """
+        for index, turn in enumerate(turns):
+            if turn.supervised and not turn.text.strip():
+                raise DataError(_at(where, f"turn {index} is to be learned and has no text, so it would teach to stop at once"), cure="fill it in, or take it out")
+        if self.spec.official and not generate:
+            return self._released(turns, where, max_length)
+        return self._encode(turns, generate, where)
+
+    def _encode(self, turns: Sequence[Turn], generate: bool = False, where: str = "") -> Encoded:
         turns, notes = self._with_system(tuple(turns), where)
-        pieces = self._pieces(turns, generate, where)
         ids: list[int] = []
         supervised: list[bool] = []
-        for piece in pieces:
+        for piece in self._pieces(turns, generate, where):
             if piece.kind == "picture":
                 new: Sequence[int] = (PICTURE,)
             elif piece.kind == "control":
@@ -220,6 +295,31 @@ class Prompt:
             ids.extend(new)
             supervised.extend([piece.supervised] * len(new))
         return Encoded(ids, supervised, notes)
+
+    def _released(self, turns: Sequence[Turn], where: str, max_length: int | None) -> Encoded:
+        """The released label walk. Raises DataError for what the release could not express."""
+        senders, mark = {"user": "human", "assistant": "gpt"}, prompt_official.PLACEHOLDER
+        pictures = sum(isinstance(part, Picture) for turn in turns for part in turn.parts)
+        if any(turn.role not in senders or mark in turn.text or turn.supervised != (turn.role == "assistant") for turn in turns):
+            raise DataError(_at(where, f"an official prompt knows no system turns, no {mark} in text and no unsupervised answers"), cure="leave `official` out, or mend the turns")
+        said = [{"from": senders[turn.role], "value": "".join(part if isinstance(part, str) else mark for part in turn.parts)} for turn in turns]
+        legacy = bool(getattr(self.tokenizer, "legacy", False))
+
+        def walk(limit: int) -> prompt_official.Labelled:
+            return prompt_official.train_ids_and_labels(said, self.tokenizer, self.spec.use, has_image=pictures > 0, model_max_length=limit, legacy=legacy)
+
+        try:
+            whole = walk(_NO_LIMIT)
+            # The release does not compare the counts of a sample that it cuts.
+            labels, ignored = (whole if not whole.ignored or max_length is None else walk(max_length))[2:]
+        except DataError as problem:
+            raise DataError(_at(where, problem.what), got=problem.got, expected=problem.expected, cure=problem.cure) from problem
+        ids = [PICTURE if index == prompt_official.IMAGE else index for index in whole.input_ids]
+        if (kept := ids.count(PICTURE)) != pictures:
+            raise DataError(_at(where, "an official prompt keeps one picture per turn"), got=f"{kept} kept", expected=f"{pictures}", cure="leave `official` out")
+        notes = (GIVEN_UP,) * bool(ignored) + ("opening answer left out",) * (self.spec.use != "plain" and said[0]["from"] == "gpt")
+        supervised = [label not in (prompt_official.IGNORE, prompt_official.IMAGE) for label in labels]
+        return Encoded(ids, supervised + [False] * (len(ids) - len(supervised)), notes)
 
     def _with_system(self, turns: tuple[Turn, ...], where: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
         """The turns with the default system text, or with a system text folded into the first question where the template refuses or loses it."""
@@ -231,96 +331,93 @@ class Prompt:
         if self._keeps_system:
             return turns, ()
         if self.spec.fold_system == "error":
-            raise DataError(f"{where}: the chat template refuses or loses the system turn", cure="set fold_system: fold in the prompt, or choose another template")
-        folded, text = [], "".join(turn.text for turn in turns if turn.role == "system")
+            raise DataError(_at(where, f"the chat template refuses or loses the system turn{self._refusal}"), cure="set fold_system: fold in the prompt, or choose another prompt")
+        folded, text = [], "\n\n".join(turn.text for turn in turns if turn.role == "system")
         for turn in turns:
             if turn.role == "user" and text:
                 turn, text = Turn("user", (text + "\n\n", *turn.parts), kind=turn.kind), ""
             if turn.role != "system":
                 folded.append(turn)
+        if text:
+            raise DataError(_at(where, "a system turn has no question to be put in front of"), cure="add a question, or take the system turn out")
         return tuple(folded), ("system text folded into the first question",)
 
-    @cached_property
+    @property
     def _keeps_system(self) -> bool:
+        return self._refusal is None
+
+    @cached_property
+    def _refusal(self) -> str | None:
+        """None where the template writes system texts; else its own sentence, if it has one, behind a colon."""
         try:
-            return "S" in self._compiled.render(
-                messages=[{"role": "system", "content": "S"}, {"role": "user", "content": "q"}], add_generation_prompt=False, bos_token="", eos_token="", unk_token="", pad_token=""
-            )
-        except jinja2.TemplateError:
-            return False
+            return None if _MARK.format(0) in self._render([{"role": "system", "content": _MARK.format(0)}, {"role": "user", "content": "q"}], False, "") else ""
+        except DataError as problem:
+            return f": {problem.__cause__}"
 
     def _render(self, messages: list[dict[str, str]], generate: bool, where: str) -> str:
         names = {name: getattr(self.tokenizer, name, None) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         try:
             return self._compiled.render(messages=messages, add_generation_prompt=generate, **names)
-        except jinja2.TemplateError as problem:
-            raise DataError(f"{where}: the chat template cannot render this conversation: {problem}", cure="fold or drop the system turn (fold_system), mend the turns, or choose another prompt") from problem
+        except Exception as problem:  # somebody else's program: nearly every built-in kind
+            raise DataError(_at(where, f"the chat template cannot render this conversation: {problem}"), cure="mend the turns, or choose another prompt") from problem
 
-    def _pieces(self, turns: Sequence[Turn], generate: bool, where: str) -> list[_Piece]:
+    def _pieces(self, turns: Sequence[Turn], generate: bool, where: str) -> Iterator[_Piece]:
+        """Control tokens, pictures and maximal stretches of plain text, broken at the edges of answers."""
         contents: list[str | Picture] = []
         messages: list[dict[str, str]] = []
         for turn in turns:
-            marks = []
-            for part in turn.parts:
-                if isinstance(part, str) and (not part or (self.template.pictures_only and turn.role == "user")):
-                    continue
-                marks.append(f"\ue000{'p' if isinstance(part, Picture) else 't'}{len(contents)}\ue001")
-                contents.append(part)
-            messages.append({"role": turn.role, "content": "".join(marks)})
+            lost = str if self.template.pictures_only and turn.role == "user" else ()
+            parts = [part for part in turn.parts if part != "" and not isinstance(part, lost)]
+            messages.append({"role": turn.role, "content": "".join(_MARK.format(len(contents) + place) for place in range(len(parts)))})
+            contents += parts
         whole = self._render(messages, generate, where)
-        if (found := len(_MARK.findall(whole))) != len(contents):
-            raise DataError(f"{where}: the chat template loses or repeats parts of the conversation", got=f"{found} parts in the prompt", expected=f"{len(contents)}", cure="choose another prompt")
-        spans = [self._answer_span(messages, whole, i, where) for i, turn in enumerate(turns) if turn.role == "assistant" and turn.supervised]
-        return self._cut(whole, contents, spans)
-
-    def _answer_span(self, messages: list[dict[str, str]], whole: str, index: int, where: str) -> tuple[int, int]:
-        """Characters of `whole` that answer `index` adds to its inference prompt, up to and including the end mark."""
-        prompt = self._render(messages[:index], True, where)
-        if not whole.startswith(prompt):
+        found = [int(mark["index"]) for mark in _MARKS.finditer(whole)]
+        if found != list(range(len(contents))):
+            got, expected = f"{len(found)} parts in the prompt", f"{len(contents)}, each once and in order"
             raise DataError(
-                f"{where}: the chat template trains on prompts that inference never shows (answer {index} does not follow its generation prompt)",
-                got=repr(whole[: len(prompt)][-40:]),
-                expected=repr(prompt[-40:]),
+                _at(where, "the chat template loses, repeats or reorders parts of the conversation"), got=got, expected=expected, cure="mend the turns, or choose another prompt"
+            )
+        answers = [self._answer(messages, whole, index, turn.supervised, where) for index, turn in enumerate(turns) if turn.role == "assistant"]
+        learned = {answer.start for answer in answers if answer.supervised}
+        edges = {edge for answer in answers for edge in (answer.start, answer.end)}
+        for start, end in pairwise(sorted({0, len(whole), *edges})):
+            yield from self._cut(whole[start:end], contents, start in learned)
+
+    def _answer(self, messages: list[dict[str, str]], whole: str, index: int, supervised: bool, where: str) -> _Answer:
+        prompt, content = self._render(messages[:index], True, where), messages[index]["content"]
+        start = whole.find(content, len(prompt)) if whole.startswith(prompt) else -1
+        if start < 0:
+            raise DataError(
+                _at(where, f"the chat template trains on prompts that inference never shows (turn {index} does not follow its generation prompt)"),
+                got=repr(_MARKS.sub("...", whole[: len(prompt)])[-60:]),
+                expected=repr(_MARKS.sub("...", prompt)[-60:]),
                 cure="choose another prompt, or a template without thinking marks and rewritten history",
             )
-        content = messages[index]["content"]
-        end = whole.index(content, len(prompt)) + len(content) if content else len(prompt)
-        mark = self._controls.search(whole, end)
-        following = _MARK.search(whole, end)
-        if mark is not None and (following is None or mark.start() < following.start()):
-            return len(prompt), mark.end()
-        return len(prompt), end + 1 if whole[end : end + 1] == "\n" else end  # "plain" ends in a line break
+        end = start + len(content)
+        atom = self._atoms.search(whole, end)
+        if atom is not None and atom["control"] is not None:
+            return _Answer(len(prompt), atom.end(), supervised)
+        return _Answer(len(prompt), end + (whole[end : end + 1] == "\n"), supervised)  # "plain" ends in a line break
 
-    def _cut(self, whole: str, contents: list[str | Picture], spans: Sequence[tuple[int, int]]) -> list[_Piece]:
-        """Control tokens, pictures and maximal stretches of plain text, broken at the edges of answers."""
-        edges = {edge for span in spans for edge in span}
-        pieces: list[_Piece] = []
-        open_text = False
-
-        def add(text: str, at: int, kind: Literal["control", "picture", "text"] = "text") -> None:
-            nonlocal open_text
-            supervised = any(start <= at < end for start, end in spans)
-            if kind == "text" and open_text and at not in edges:
-                pieces[-1] = _Piece(pieces[-1].text + text, "text", supervised)
-            else:
-                pieces.append(_Piece(text, kind, supervised))
-            open_text = kind == "text"
-
-        at = 0
-        while at < len(whole):
-            mark, control = _MARK.match(whole, at), self._controls.match(whole, at)
-            if mark:
-                part = contents[int(mark[2])]
-                add(part if isinstance(part, str) else "", at, "text" if isinstance(part, str) else "picture")
-                at = mark.end()
-            elif control and control.end() > at:
-                add(control[0], at, "control")
-                at = control.end()
-            else:
-                add(whole[at], at)
-                at += 1
-        return pieces
+    def _cut(self, rendered: str, contents: Sequence[str | Picture], supervised: bool) -> Iterator[_Piece]:
+        text, at = "", 0
+        for atom in self._atoms.finditer(rendered):
+            text += rendered[at : atom.start()]
+            at, part = atom.end(), contents[int(atom["index"])] if atom["index"] else None
+            if isinstance(part, str):
+                text += part
+                continue
+            if text:
+                yield _Piece(text, "text", supervised)
+            text, token = "", atom["control"]
+            yield _Piece("", "picture", False) if part is not None else _Piece(token if token in self.text.control else token.strip(), "control", supervised)
+        if text + rendered[at:]:
+            yield _Piece(text + rendered[at:], "text", supervised)
 
 
 def _refuse(message: str) -> Any:
     raise jinja2.TemplateError(message)
+
+
+def _at(where: str, what: str) -> str:
+    return f"{where}: {what}" if where else what

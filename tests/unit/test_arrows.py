@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("encoders", "connectors", "llm", "objectives")
 ABOVE = ("train", "eval")  # what the library never imports
 TOP = ("", "cli", "__main__")  # vlm/__init__.py with its lazy names, and the command: only these look upward
+EVAL_READS = ("vlm.train.config",)  # the schema of the config.yaml in a run's folder
 TRAIN_READS = ("vlm.eval.report", "vlm.eval.score")  # a run's report, and scores on validation data
 
 
@@ -74,6 +75,8 @@ def forbidden(source: str, target: str) -> str | None:
         return "the lazy names of vlm/__init__.py are for users; import the module that defines the name"
     if here == "train" and there == "eval" and not target.startswith(TRAIN_READS):
         return f"train reads of eval only {' and '.join(TRAIN_READS)}"
+    if here == "eval" and target.split(":")[0] in EVAL_READS:
+        return None
     if there in ABOVE and here not in ("train", there):
         return "only cli.py and the lazy names of vlm/__init__.py look upward"
     if here in PARTS and there in PARTS and here != there:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import yaml
 
-from vlm.composition import CONFIGS, ConfigurationProblems, compose, from_plain, resolved, to_plain
+from vlm.composition import CONFIGS, ConfigurationProblems, compose, from_plain, import_parts, resolved, to_plain
 from vlm.errors import ConfigurationError
 from vlm.registry import Registry
 
@@ -627,6 +627,28 @@ class TestImport:
         found = problems(configs, run)
         assert f"there is no file {tmp_path}/no.py" in found[0]
         assert "there is no module 'no_such_module_here'" in found[1]
+
+    def test_a_folder_that_somebody_sent_runs_no_code(self, configs, tmp_path, own_registry):
+        part = write(tmp_path / "sent/part.py", PART.format(name="sent") + "\nopen(__file__ + '.log', 'a').write('x')\n")
+        write(tmp_path / "sent/encoder.yaml", "{import: ./part.py, use: sent}")
+        for number, text in enumerate(("{base: small, import: ./part.py, model: {encoder: {use: sent}}}", "{base: small, model: {encoder: ./encoder.yaml}}")):
+            with pytest.raises(ConfigurationProblems) as caught:
+                compose(Run, write(tmp_path / f"sent/run{number}.yaml", text), configs=configs, allow_import=False)
+            unknown, withheld = map(str, caught.value.problems)
+            assert "no encoder is called 'sent'" in unknown
+            assert f"run{number}.yaml is data, so the code that its `import:` names was not run. got ./part.py. if you trust that code, import it before" in withheld
+        assert not Path(f"{part}.log").exists()
+
+    def test_parts_that_were_imported_before_serve_such_a_folder(self, configs, tmp_path, own_registry, monkeypatch):
+        part = write(tmp_path / "mine/part.py", PART.format(name="trusted"))
+        run = write(tmp_path / "sent/config.yaml", "{base: small, import: /elsewhere/part.py, model: {encoder: {use: trusted}}}")
+        monkeypatch.chdir(part.parent)
+        import_parts(["./part.py"])
+        composed = compose(Run, run, configs=configs, allow_import=False)
+        assert composed.model.encoder.size == 5
+        assert resolved(composed)["import"] == [str(part)]
+        with pytest.raises(ConfigurationProblems, match="there is no file /elsewhere/part.py"):
+            compose(Run, run, configs=configs)
 
     def test_a_checkpoint_names_no_code_and_no_file(self, configs, tmp_path):
         part = write(tmp_path / "evil.py", "raise SystemExit('run')")

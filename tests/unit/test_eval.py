@@ -131,9 +131,9 @@ def finished(folder: Path, spec: RunSpec) -> Path:
     tokenizer = tiny.tokenizer()
     torch.manual_seed(0)
     model = first_model(spec.model, placeholder_id(tokenizer))
-    for place in ("export", "stages/align"):
+    for place, prompt in (("export", "chatml"), ("stages/align", "vicuna_v1")):
         model.save_pretrained(folder / place)
-        VLMProcessor(spec.model, 32, tokenizer, PromptSpec(use="chatml"), "pad").save_pretrained(folder / place)
+        VLMProcessor(spec.model, 32, tokenizer, PromptSpec(use=prompt), "pad").save_pretrained(folder / place)
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved(spec), sort_keys=False), encoding="utf-8")
     return folder
 
@@ -218,6 +218,7 @@ def test_a_stage_and_another_file_have_files_of_their_own(run: Path, root: Path)
     assert list(evaluate(run, stage="align", file=root / "instruct.json", images=root, limit=4, max_new_tokens=1)) == ["instruct"]
     result = json.loads((run / "eval" / "instruct.align.json").read_text())
     assert (result["stage"], result["kinds"]["all"]["n"]) == ("align", 6)
+    assert result["protocol"]["prompt"]["use"] == "vicuna_v1"
     assert before is None or (run / "eval" / "heldout.json").read_bytes() == before
 
 

@@ -302,22 +302,22 @@ def test_an_export_appears_only_when_it_is_proven(run: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(llava, "write", forget)
         with pytest.raises(CheckpointError, match=r"missing_keys.*linear_2\.bias"):
-            exporting.export(run)
+            exporting.export_run(run)
     out, failed = run / "export-llava", run / "export-llava.failed"
     assert failed.is_dir()
     assert not out.exists()
 
     monkeypatch.setattr(exporting, "fresh_answers", lambda jobs, scratch: [agreed])
-    report = exporting.export(run)
+    report = exporting.export_run(run)
     assert json.loads((out / "export_check.json").read_text()) == {"folder": str(out), "max_logit_difference": 0.0, "tokens_equal": report.tokens_equal, "prompts": 4}
 
     proven = (out / "model.safetensors").stat().st_ino
     monkeypatch.setattr(exporting, "fresh_answers", lambda jobs, scratch: [[case | {"logits": case["logits"] + 2e-4} for case in agreed]])
     with pytest.raises(NumericsError, match="logits differ"):
-        exporting.export(run)
+        exporting.export_run(run)
     assert (out / "model.safetensors").stat().st_ino == proven
     monkeypatch.setattr(exporting, "fresh_answers", lambda jobs, scratch: [agreed])
-    exporting.export(run)
+    exporting.export_run(run)
     assert (out / "model.safetensors").stat().st_ino != proven
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["export-llava", "export-llava.failed"]
 
@@ -326,7 +326,7 @@ def test_a_folder_with_something_else_is_left_alone(run: Path, tmp_path: Path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"x")
     with pytest.raises(ConfigurationError, match="holds something else"):
-        exporting.export(run, tmp_path / "photos")
+        exporting.export_run(run, tmp_path / "photos")
     with pytest.raises(ConfigurationError, match="expected one of llava"):
-        exporting.export(run, to="gguf")
+        exporting.export_run(run, to="gguf")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.png"]

@@ -2,6 +2,6 @@
 
 from vlm.registry import Registry
 
-NOT_PARTS = ("sample", "mixture", "collate", "scenes", "convert", "loader")
+NOT_PARTS = ("sample", "mixture", "scenes", "convert", "tokenizer")
 readers = Registry("reader", __name__)
 register = readers.register

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm.data.convert import Question, llava_record, new_folder, write_records
+from vlm.data.tokenizer import write_tokenizer
 from vlm.errors import ConfigurationError
 
 __all__ = ["KINDS", "Scene", "Thing", "caption", "draw_scene", "paint", "questions_about", "write_scenes"]
@@ -37,15 +38,6 @@ KINDS = {"colour": 3.0, "position": 4.0, "shape": 2.0, "count": 0.5}
 CAPTION_SHARE = 0.2
 HELD_OUT = 8  # one layout in eight
 CHUNK = 250
-SPECIAL = {"image_token": "<image>", "start_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-VOCABULARY = 512
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 Point = tuple[float, float]
 
 
@@ -175,7 +167,8 @@ def write_scenes(folder: str | Path, *, seed: int = 0, scenes: int = 12000, held
         heldout = _heldout_records(drawn[scenes:], seed, per_kind)
         for name, records in (("align", align), ("instruct", instruct), ("heldout", heldout)):
             write_records(root / f"{name}.json", records)
-        _write_tokenizer(root / "tokenizer", align + instruct + heldout)
+        texts = (turn["value"].removeprefix("<image>") for record in align + instruct + heldout for turn in record["conversations"])
+        write_tokenizer(root / "tokenizer", texts)
         _write_sheet(root, heldout)
     return {"align": len(align), "instruct": len(instruct), "heldout": len(heldout), "pictures": scenes + held_out}
 
@@ -255,31 +248,6 @@ def _heldout_records(scenes: list[Scene], seed: int, per_kind: int) -> list[dict
                 raise ConfigurationError(f"too few held-out scenes for {per_kind} questions of the kind {kind}", got=f"{len(pool)} about {answer!r}", expected=wanted, cure=cure)
             records += [(kind, index, question) for index, question in sorted(rng.sample(pool, wanted))]
     return [llava_record(f"{kind}-{number}", _picture(True, index), [question]) for number, (kind, index, question) in enumerate(records)]
-
-
-def _write_tokenizer(folder: Path, records: list[dict[str, Any]]) -> None:
-    """A byte-level BPE of the data's own text, in the files that AutoTokenizer reads."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = (turn["value"].removeprefix("<image>") for record in records for turn in record["conversations"])
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=list(SPECIAL.values()), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
-    roles = [f"{role}\n" for role in ("system", "user", "assistant")] * len(records)
-    tokenizer.train_from_iterator((text for part in (texts, roles) for text in part), trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": SPECIAL["eos_token"],
-        "pad_token": SPECIAL["pad_token"],
-        "extra_special_tokens": {name: SPECIAL[name] for name in ("image_token", "start_token")},
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 2048,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_sheet(root: Path, records: list[dict[str, Any]], columns: int = 4, rows: int = 2) -> None:

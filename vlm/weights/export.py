@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["LOGITS", "PIXELS", "Case", "Report", "answers", "compare", "draw_pictures", "export", "families", "fresh_answers", "questions"]
+__all__ = ["LOGITS", "PIXELS", "Case", "Report", "answers", "compare", "draw_pictures", "export_run", "families", "fresh_answers", "questions"]
 
 LOGITS = 1e-4
 """Largest difference of logits in fp32 (DESIGN rule 3)."""
@@ -55,7 +55,7 @@ def families() -> dict[str, ModuleType]:
     return {"llava": llava}
 
 
-def export(source_folder: str | Path, out: str | Path | None = None, to: str = "llava") -> Report:
+def export_run(source_folder: str | Path, out: str | Path | None = None, to: str = "llava") -> Report:
     """Write a finished run as a family of transformers, and prove it.
 
     The folder appears under its name once it is whole and proven, and replaces an older export only then; what fails the check is left beside it as NAME.failed.
