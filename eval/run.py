@@ -58,7 +58,7 @@ def evaluate(
     folder = Path(run_folder)
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder} holds no run", expected="config.yaml and export/", cure="give the folder that `vlm train` wrote")
-    spec = compose(RunSpec, folder / "config.yaml")
+    spec = compose(RunSpec, folder / "config.yaml", allow_import=False)
     chosen = {Path(file).stem: LlavaSource(file=str(file), images=None if images is None else str(images))} if file else _chosen(spec, sources)
     if stage is not None and stage not in spec.stages:
         raise ConfigurationError(f"run {spec.name} has no stage {stage!r}", expected=f"one of {', '.join(spec.stages)}")

@@ -267,8 +267,8 @@ class _Check:
         if level not in (0, 1, 2, 3):
             self._wrong(path, "no ZeRO stage is given", got=f"zero_optimization {zero!r}", expected="stage 0, 1, 2 or 3", cure="name a file of configs/deepspeed")
             return
-        with self._at(path):
-            deepspeed_config(stage, 1, precision_of(self.run.precision, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+        with self._at(path):  # at ZeRO 0 only an explicit bf16 is bf16, whatever the device
+            deepspeed_config(stage, 1, precision_of(self.run.precision, torch.device("cpu"), int(level)))
 
     def _names(self) -> None:
         for name, source in self.run.eval.items():
@@ -373,7 +373,7 @@ class _Check:
                     rates(model.groups(), {word: node})
             if not any(f"stages.{name}.train.{word}" in self.wrong for word in stage.train):
                 with self._at(f"stages.{name}"):
-                    self.report.stages[index].groups = cost.ledger(model, stage)
+                    self.report.stages[index].groups = cost.planned(model, stage)
         self.report.stages[index].breaks = [f"{adapted}: {text}" for adapted, part in spec.adapt.items() for text in part.breaks()]
 
     def _parts(self, groups: Mapping[str, list[Any]]) -> None:

@@ -100,7 +100,10 @@ def restore(folder: Path, engine: Engine, position: Position, zero: int) -> None
     ranks = dist.get_world_size()
     if (ranks, zero) != (position.ranks, position.zero):
         raise CheckpointError(
-            f"{folder} cannot be resumed in this form", got=f"{ranks} ranks at ZeRO {zero}", expected=f"{position.ranks} ranks at ZeRO {position.zero}", cure="start it as it was started before"
+            f"{folder} cannot be resumed in this form",
+            got=f"{ranks} ranks at ZeRO {zero}",
+            expected=f"{position.ranks} ranks at ZeRO {position.zero}",
+            cure="start it as it was started before",
         )
     engine.load(str(folder), ENGINE)
     states = torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=True)

@@ -26,7 +26,7 @@ from vlm.train.optim import Group, plan
 from vlm.train.stages import sources_of, stage_mixture
 from vlm.train.steps import accumulation
 
-__all__ = ["Length", "Measure", "Refusals", "RowLengths", "Scan", "batch_line", "ledger", "length", "picture_tokens", "scan", "structure", "typical_size"]
+__all__ = ["Length", "Measure", "Refusals", "RowLengths", "Scan", "batch_line", "length", "picture_tokens", "planned", "scan", "structure", "typical_size"]
 
 NAMED = 5
 """Refused samples of one kind that are named before the others are only counted."""
@@ -41,7 +41,7 @@ def structure(model: ModelSpec, image_token_id: int) -> VLM:
         return build(form(model, image_token_id))
 
 
-def ledger(model: VLM, stage: StageSpec) -> list[Group]:
+def planned(model: VLM, stage: StageSpec) -> list[Group]:
     """Which parameters a stage trains, as training will plan it. Raises ConfigurationError."""
     return plan(dict(model.named_parameters()), model.groups(), stage.train, stage.optimizer, model.unused())
 
@@ -150,7 +150,7 @@ Shape = tuple[bool, tuple[tuple[str, bool, tuple[bool | None, ...]], ...]]
 
 
 def _shape(sample: Sample) -> Shape:
-    return sample.independent, tuple((turn.role, turn.supervised, tuple(bool(part) if isinstance(part, str) else None for part in turn.parts)) for turn in sample.turns)
+    return sample.independent, tuple((turn.role, turn.supervised, tuple(bool(part.strip()) if isinstance(part, str) else None for part in turn.parts)) for turn in sample.turns)
 
 
 @dataclass
@@ -182,8 +182,11 @@ class Measure:
     def add(self, sample: Sample, sizes: Mapping[Picture, tuple[int, int]], in_time: bool) -> None:
         """Measure a sample. Raises DataError where training would refuse it, but for what goes into `lost`."""
         self.rows.sizes = dict(sizes)
-        shape = _shape(sample)
-        if shape not in self._shapes:
+        shape, official = _shape(sample), self.rows.prompt.spec.official
+        if official and not in_time:
+            self.late += 1
+            return
+        if official or shape not in self._shapes:  # the released label walk looks at the texts
             notes = self.rows.row(sample).notes
             self._shapes[shape] = self._overhead(sample), notes[len(sample.notes) :]
         overhead, notes = self._shapes[shape]
@@ -247,9 +250,9 @@ def _text_bytes(sample: Sample) -> int:
     if not sample.independent:
         return sum(len(turn.text.encode()) for turn in sample.turns)
     answers = sum(turn.role == "assistant" for turn in sample.turns)
-    shared = sum(len(turn.text.encode()) for turn in sample.turns if turn.role == "system")
-    breaks = max(len(turn.text) - len(turn.text.lstrip("\n")) for turn in sample.turns)
-    return answers * (shared + breaks) + sum(len(turn.text.encode()) for turn in sample.turns)
+    first = next(index for index, turn in enumerate(sample.turns) if turn.role == "assistant")
+    shared = sum(len(turn.text.encode()) for turn in sample.turns[:first])
+    return answers * shared + sum(len(turn.text.encode()) for turn in sample.turns)
 
 
 @dataclass

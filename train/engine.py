@@ -39,10 +39,10 @@ def connect() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def precision_of(asked: str, device: torch.device) -> torch.dtype:
-    """auto: fp32 on CPU, bf16 on GPUs."""
+def precision_of(asked: str, device: torch.device, zero: int) -> torch.dtype:
+    """auto: bf16 on GPUs at ZeRO 1 to 3, else fp32."""
     if asked == "auto":
-        asked = "bf16" if device.type == "cuda" else "fp32"
+        asked = "bf16" if device.type == "cuda" and zero else "fp32"
     return torch.bfloat16 if asked == "bf16" else torch.float32
 
 

@@ -24,6 +24,18 @@ class Log:
         self._task: TaskID | None = None
         self._window: list[dict[str, Any]] = []
 
+    def rewind(self, total: int) -> None:
+        """Forget steps behind `total`: a run that goes on from an older checkpoint writes them again."""
+        if self._file is None:
+            return
+        self._file.close()
+        path = self.folder / "metrics.jsonl"
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["total"] <= total]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
     def begin(self, stage: str, start: int, steps: int) -> None:
         if not self.loud:
             return

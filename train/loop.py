@@ -17,7 +17,7 @@ from vlm.train.log import Log, peak_memory
 from vlm.train.schedule import factor
 from vlm.train.steps import MicroBatch, Step
 
-__all__ = ["run_steps"]
+__all__ = ["one_step", "run_steps", "write_skipped"]
 
 UNITS: tuple[Unit, ...] = ("token", "vision_token", "document")
 
@@ -46,7 +46,7 @@ def run_steps(
         for step in steps:
             fetched = time.perf_counter()
             record = one_step(engine, step, stage, count, sources, dtype)
-            _write_skipped(folder, name, step)
+            write_skipped(folder, name, step.number + 1, step.skipped)
             done = time.perf_counter()
             head = {"stage": name, "step": step.number + 1, "total": total_before + step.number + 1}
             log.step(head | record | {"seconds": round(done - before, 4), "wait": round(fetched - before, 4), "memory": round(peak_memory(), 3)})
@@ -131,7 +131,8 @@ def _freeze_idle(model: torch.nn.Module) -> None:
         encoder.eval()
 
 
-def _write_skipped(folder: Path, stage: str, step: Step) -> None:
-    if step.skipped:
+def write_skipped(folder: Path, stage: str, step: int, skipped: list[dict[str, str]]) -> None:
+    """Add left-out samples to bad_samples.jsonl; step 0: when the source was opened."""
+    if skipped:
         with open(folder / "bad_samples.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"stage": stage, "step": step.number + 1} | entry) + "\n" for entry in step.skipped)
+            file.writelines(json.dumps({"stage": stage, "step": step} | entry) + "\n" for entry in skipped)

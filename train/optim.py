@@ -15,7 +15,9 @@ from vlm.train.config import OptimizerSpec
 
 __all__ = ["Group", "adamw", "decays", "plan", "rates"]
 
-_NEVER_DECAYED = re.compile(r"(cls_token|class_token|reg_token|register_tokens?|mask_token|pos_embed|position_embedding|embed_positions|\bwpe\b|class_embedding|queries|query_tokens?)")
+_NEVER_DECAYED = re.compile(
+    r"(cls_token|class_token|reg_token|register_tokens?|mask_token|pos_embed|position_embedding|embed_positions|\bwpe\b|class_embedding|queries|query_tokens?)"
+)
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,16 @@ def _check_names(paths: list[str], tree: Mapping[str, Any], prefix: tuple[str, .
         if word != "rest" and word not in known:
             near = difflib.get_close_matches(word, known, 1)
             raise ConfigurationError(
-                f"train: no group {here!r}", expected=f"one of {', '.join(sorted(known)) or 'nothing below ' + '.'.join(prefix)}", cure=f"did you mean {near[0]!r}?" if near else None
+                f"train: no group {here!r}",
+                expected=f"one of {', '.join(sorted(known)) or 'nothing below ' + '.'.join(prefix)}",
+                cure=f"did you mean {near[0]!r}?" if near else None,
             )
         if isinstance(node, Mapping) and word != "rest":
             _check_names(paths, node, (*prefix, word))
         elif not _is_rate(node):
-            raise ConfigurationError(f"train: the rate of {here!r} is no rate", got=repr(node), expected="a number from 0 on, or frozen" + (", or a mapping" if word != "rest" else ""))
+            raise ConfigurationError(
+                f"train: the rate of {here!r} is no rate", got=repr(node), expected="a number from 0 on, or frozen" + (", or a mapping" if word != "rest" else "")
+            )
 
 
 def _is_rate(node: object) -> bool:
@@ -80,7 +86,9 @@ def decays(name: str, shape: Iterable[int]) -> bool:
     return len(list(shape)) > 1 and not _NEVER_DECAYED.search(name)
 
 
-def plan(named: Mapping[str, nn.Parameter], groups: Mapping[str, Iterable[nn.Parameter]], tree: Mapping[str, Any], optimizer: OptimizerSpec, unused: Iterable[nn.Parameter] = ()) -> list[Group]:
+def plan(
+    named: Mapping[str, nn.Parameter], groups: Mapping[str, Iterable[nn.Parameter]], tree: Mapping[str, Any], optimizer: OptimizerSpec, unused: Iterable[nn.Parameter] = ()
+) -> list[Group]:
     """Every parameter in exactly one Group (a tied one once), in the model's order of names.
 
     named: name -> parameter of the whole model. groups: path -> parameters. Raises ConfigurationError where a parameter has no group or two, or where nothing would be trained.
@@ -105,10 +113,7 @@ def plan(named: Mapping[str, nn.Parameter], groups: Mapping[str, Iterable[nn.Par
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         decay = optimizer.weight_decay if decays(name, shape) else 0.0
         lines.setdefault((owner[key], decay, key in idle), []).append(parameter)
-    planned = [
-        Group(path, tuple(names[id(p)] for p in found), tuple(found), None if still else wanted[path], decay, still)
-        for (path, decay, still), found in lines.items()
-    ]
+    planned = [Group(path, tuple(names[id(p)] for p in found), tuple(found), None if still else wanted[path], decay, still) for (path, decay, still), found in lines.items()]
     if not any(group.rate is not None for group in planned):
         raise ConfigurationError("train: this stage would train nothing", got=repr(dict(tree)), expected=f"a rate for one of {', '.join(sorted(groups))}")
     return planned

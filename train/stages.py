@@ -30,7 +30,7 @@ from vlm.train.config import RunSpec, StageSpec
 from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
 from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
 from vlm.train.log import Log, draw_curve
-from vlm.train.loop import run_steps
+from vlm.train.loop import run_steps, write_skipped
 from vlm.train.optim import adamw, plan
 from vlm.train.steps import StepData, accumulation, loader
 
@@ -90,9 +90,9 @@ class _Stage:
         self.run, self.index, self.folder, self.rank, self.device, self.log = run, index, folder, rank, device, log
         self.name, self.stage = list(run.stages.items())[index]
         self.fingerprint = checkpoint.tree_hash({key: value for key, value in resolved(run).items() if key in ("model", "stages", "data", "seed")})
-        self.dtype = precision_of(run.precision, device)
+        self.zero = int(self.stage.deepspeed.get("zero_optimization", {}).get("stage", 0))
+        self.dtype = precision_of(run.precision, device, self.zero)
         self.config = deepspeed_config(self.stage, accumulation(self.stage.batch, self.stage.micro_batch, ranks), self.dtype)
-        self.zero = int(self.config["zero_optimization"]["stage"])
         tokenizer = load_tokenizer(run.model)
         self.spec = model_at(run, index)
         width = form(self.spec, 0).text_config.hidden_size
@@ -102,6 +102,8 @@ class _Stage:
     def _data(self, rank: int, ranks: int) -> StepData:
         stage, sources = self.stage, {name: self.run.data[name] for name in sources_of(self.stage)}
         readers = {name: spec.open() for name, spec in sources.items()}
+        if rank == 0:
+            write_skipped(self.folder, self.name, 0, [{"source": name, "reason": str(problem)} for name, reader in readers.items() for problem in getattr(reader, "bad", ())])
         return StepData(
             readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}), self.processor,
             skip=[name for name, spec in sources.items() if spec.on_bad == "skip"],
@@ -148,6 +150,7 @@ class _Stage:
     def _steps(self, engine: Engine, start: int) -> None:
         before = sum(len(self._mixture_of(index)) for index in range(self.index))
         count, save = len(self.data), self.run.save
+        self.log.rewind(before + start)
 
         def after(done: int) -> None:
             if save.every and done % save.every == 0 and done < count:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from vlm.config import ModelSpec
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.initial import draw, gathered
+from vlm.initial import draw, first_values, gathered
 from vlm.weights.files import find_folder, read_tensors
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _copy(target: Tensor, tensor: Tensor, may_grow: bool) -> bool:
 
 
 def text_config(model: ModelSpec) -> Any:
-    """The decoder's transformers config, from the numbers in the YAML or from config.json beside the weights. Raises ConfigurationError."""
+    """The decoder's transformers config, from the numbers in the YAML or from config.json beside the weights. Raises ConfigurationError, CheckpointError."""
     from vlm.llm.decoder import decoder_config
 
     if model.llm.config is not None:
@@ -96,6 +97,8 @@ def text_config(model: ModelSpec) -> Any:
     if model.llm.path is None:
         raise ConfigurationError("the decoder has neither a path nor a config", cure="name a configuration of configs/llm, or give llm.path or llm.config")
     file = find_folder(model.llm.path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} holds no config.json", cure="give the folder of a whole checkpoint, or the numbers as llm.config")
     return decoder_config(json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -133,8 +136,7 @@ def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | 
     model = build(form(replace(spec, adapt={}), image_token_id), zero)
     _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key)
     for part in model.connector.values():
-        with gathered([*model.encoder.parameters(), *part.parameters()]):
-            part.initialise(model.encoder)
+        first_values(part, partial(part.initialise, model.encoder), reads=model.encoder)
     vocabulary = [module.weight for module in (model.llm.get_input_embeddings(), model.llm.get_output_embeddings())]
     grow = [name for name, parameter in model.llm.named_parameters(remove_duplicate=False) if any(parameter is weight for weight in vocabulary)]
     _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), lambda name: name, grow)
@@ -145,8 +147,7 @@ def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | 
 
 def _first_values(module: nn.Module, path: str | None, weights: str, drawing: Callable[[], None], key: Callable[[str], str | None], grow: Iterable[str] = ()) -> None:
     if weights == "random":
-        with gathered(module.parameters()):
-            drawing()
+        first_values(module, drawing)
         return
     if path is None:
         raise ConfigurationError("first weights are wanted, but no path is given", cure="set path to a folder with weights, or weights: random")
@@ -172,5 +173,7 @@ def load(folder: str | Path) -> "tuple[VLM, VLMProcessor]":
     if (folder / "export" / "config.json").is_file():
         folder = folder / "export"
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no model", expected="config.json and model.safetensors, or a run folder with export/", cure="give the folder of a finished run or of one of its stages")
+        raise CheckpointError(
+            f"{folder} holds no model", expected="config.json and model.safetensors, or a run folder with export/", cure="give the folder of a finished run or of one of its stages"
+        )
     return VLM.from_pretrained(folder).eval(), VLMProcessor.from_pretrained(folder)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from vlm.configuration import VLMConfig
 from vlm.composition import to_plain
 from vlm.config import links
+from vlm.configuration import VLMConfig
 from vlm.errors import CheckpointError
 from vlm.features import Features, ImageInput
 from vlm.initial import gathered
@@ -261,7 +261,8 @@ class VLM(PreTrainedModel, GenerationMixin):
         """As in transformers, but a missing, unexpected or mis-shaped key is a CheckpointError."""
         wanted = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         problems = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
         if problems:
             raise CheckpointError(

@@ -133,20 +133,22 @@ class VLMProcessor:
     def row(self, sample: Sample, *, mode: Mode = "train", generate: bool = False, max_length: int | None = None, too_long: str = "cut") -> Row:
         """One sample as a row; generate: it ends in the prompt for the next answer.
 
-        Raises DataError where a row is longer than max_length and too_long is "error", where one picture does not fit, or where a training row has nothing supervised.
+        Raises DataError where a row is longer than max_length and too_long is "error", where one picture does not fit, where nothing is left to read, or where a training row has nothing supervised.
         """
-        images = [self.see(picture, mode, sample.where) for picture in sample.pictures]
+        images = [self.see(picture, mode, _where(sample)) for picture in sample.pictures]
         if sample.independent and not generate:
             parts = self._branches(sample, max_length)
         else:
-            parts = [self.prompt.encode(sample.turns, generate=generate, where=sample.where, max_length=max_length)]
+            parts = [self.prompt.encode(sample.turns, generate=generate, where=_where(sample), max_length=max_length)]
         row = self._expand(sample, parts, images)
         needed = len(row)
+        if not needed:
+            raise DataError(f"{_where(sample)}: prompt {self.prompt.spec.use!r} leaves nothing of it to read", cure="add a picture, or choose another prompt")
         if max_length is not None and needed > max_length:
             row = self._cut(row, sample, max_length, too_long)
         if not generate and mode == "train" and not row.supervised and GIVEN_UP not in row.notes:
             raise DataError(
-                f"{sample.where}: no token of sample {sample.id!r} is supervised" + (f" once it is cut to {max_length} tokens" if len(row) < needed else ""),
+                f"{_where(sample)}: no token of sample {sample.id!r} is supervised" + (f" once it is cut to {max_length} tokens" if len(row) < needed else ""),
                 got=f"{needed} tokens" + (" needed" if len(row) < needed else ""),
                 expected=f"an answer within max_length {max_length}" if len(row) < needed else "an assistant turn with text",
                 cure="raise max_length, or leave the sample out" if len(row) < needed else "add an answer, or leave the sample out",
@@ -162,26 +164,31 @@ class VLMProcessor:
         talk = [turn for turn in sample.turns if turn.role != "system"]
         if not talk or [turn.role for turn in talk] != ["user", "assistant"] * (len(talk) // 2):
             raise DataError(
-                f"{sample.where}: independent turns must be pairs of a question and its answer",
+                f"{_where(sample)}: independent turns must be pairs of a question and its answer",
                 got=", ".join(turn.role for turn in talk) or "none",
                 cure="leave `independent` away",
             )
         shared = _pictures_in_front(talk[0])
         if sum(isinstance(part, Picture) for part in shared) != len(sample.pictures):
             raise DataError(
-                f"{sample.where}: independent questions must share the pictures, which stand in the first question",
+                f"{_where(sample)}: independent questions must share the pictures, which stand in the first question",
                 cure="leave `independent` away, or move the pictures to the front",
             )
         pairs: list[Encoded] = []
         for question, answer in zip(talk[::2], talk[1::2], strict=True):
             if pairs and shared:
                 question = Turn("user", (*shared, question.text.lstrip("\n")))
-            pairs.append(self.prompt.encode((*head, question, answer), where=sample.where, max_length=max_length))
+            pairs.append(self.prompt.encode((*head, question, answer), where=_where(sample), max_length=max_length))
         if len(pairs) == 1:
             return pairs
         common = next((place for place, ids in enumerate(zip(*(pair.ids for pair in pairs), strict=False)) if len(set(ids)) > 1), min(len(pair.ids) for pair in pairs))
         # A branch never begins with its answer: what predicts the answer is the branch's own question.
         common = max(0, min([common, *(pair.supervised.index(True) - 1 for pair in pairs if any(pair.supervised))]))
+        if pairs[0].ids[:common].count(PICTURE) < len(sample.pictures):
+            raise DataError(
+                f"{_where(sample)}: prompt {self.prompt.spec.use!r} puts answers right behind the picture, so independent ones cannot branch off behind it",
+                cure="leave `independent` away, or choose another prompt",
+            )
         trunk = Encoded(pairs[0].ids[:common], [False] * common, tuple(dict.fromkeys(note for pair in pairs for note in pair.notes)))
         return [trunk, *(Encoded(pair.ids[common:], [False, *pair.supervised[common + 1 :]]) for pair in pairs)]
 
@@ -207,13 +214,13 @@ class VLMProcessor:
         largest = max((image.layout.count for image in row.images), default=0)
         if largest >= max_length:
             raise DataError(
-                f"{sample.where}: one picture takes {largest} tokens, which does not fit",
+                f"{_where(sample)}: one picture takes {largest} tokens, which does not fit",
                 expected=f"less than max_length {max_length}",
                 cure="raise max_length, or use an encoder with fewer tokens",
             )
         if too_long == "error":
             raise DataError(
-                f"{sample.where}: sample {sample.id!r} is too long",
+                f"{_where(sample)}: sample {sample.id!r} is too long",
                 got=f"{len(row)} tokens",
                 expected=f"at most max_length {max_length}",
                 cure="raise max_length, or set too_long: cut",
@@ -277,6 +284,10 @@ class VLMProcessor:
         config = VLMConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return cls(config.spec(), config.text_config.hidden_size, tokenizer, PromptSpec(**settings["prompt"]), settings["policy"]["use"], settings["policy"]["official"])
+
+
+def _where(sample: Sample) -> str:
+    return sample.where or f"sample {sample.id!r}"
 
 
 def _pictures_in_front(question: Turn) -> tuple[str | Picture, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jinja2.ext
 import jinja2.sandbox
@@ -104,6 +104,7 @@ class PlainText:
         # The tokenizer itself splits special tokens in text; of the others, and of those that are in its vocabulary too, the first character is cut off.
         whole = [token for token, index in self.control.items() if len(token) > 1 and index in self._raw(token)]
         self._whole = re.compile("|".join(f"(?={re.escape(token)})" for token in whole) or "(?!)", re.IGNORECASE)
+        self._heads = {anchor: self._raw(anchor) for anchor in self.ANCHORS}
         trials = [(self._raw(word), self._behind(word, anchor)) for word in ("a", "the") for anchor in self.ANCHORS[:2]]
         self._marks_start = any(behind is not None and behind != raw for raw, behind in trials)
         self.ids = lru_cache(maxsize=4096)(self._ids)
@@ -129,7 +130,7 @@ class PlainText:
 
     def _behind(self, text: str, anchor: str) -> list[int] | None:
         """Ids of the text behind the anchor, None where the two cannot be told apart."""
-        head, ids = self._raw(anchor), self._raw(anchor + text)
+        head, ids = self._heads[anchor], self._raw(anchor + text)
         return ids[len(head) :] if head and ids[: len(head)] == head else None
 
 
@@ -143,14 +144,6 @@ class _Piece:
 
     text: str
     kind: Literal["control", "picture", "text"]
-    supervised: bool
-
-
-class _Answer(NamedTuple):
-    """Characters start to end of the rendered row: what an answer adds to its inference prompt, up to and including the end mark."""
-
-    start: int
-    end: int
     supervised: bool
 
 
@@ -245,8 +238,7 @@ class Prompt:
                 got=f"eos_token {self.tokenizer.eos_token!r}",
                 cure="give the tokenizer an end token, or choose another prompt",
             )
-        last = max(place for place, supervised in enumerate(whole.supervised) if supervised)
-        if first.ids[: end + 1] != whole.ids[: end + 1] or whole.ids[last] != first.ids[end]:
+        if first.ids[: end + 1] != whole.ids[: end + 1]:
             raise ConfigurationError(
                 f"prompt {self.spec.use!r} writes an answer otherwise when it is the last than when the talk goes on, so training would show what inference never does",
                 cure="choose another prompt, or a template without thinking marks and rewritten history",
@@ -377,27 +369,27 @@ class Prompt:
             raise DataError(
                 _at(where, "the chat template loses, repeats or reorders parts of the conversation"), got=got, expected=expected, cure="mend the turns, or choose another prompt"
             )
-        answers = [self._answer(messages, whole, index, turn.supervised, where) for index, turn in enumerate(turns) if turn.role == "assistant"]
-        learned = {answer.start for answer in answers if answer.supervised}
-        edges = {edge for answer in answers for edge in (answer.start, answer.end)}
-        for start, end in pairwise(sorted({0, len(whole), *edges})):
+        answers = [self._answer(messages, whole, index, where) for index, turn in enumerate(turns) if turn.role == "assistant" and turn.supervised]
+        learned = {start for start, _ in answers}
+        for start, end in pairwise(sorted({0, len(whole), *(edge for answer in answers for edge in answer)})):
             yield from self._cut(whole[start:end], contents, start in learned)
 
-    def _answer(self, messages: list[dict[str, str]], whole: str, index: int, supervised: bool, where: str) -> _Answer:
+    def _answer(self, messages: list[dict[str, str]], whole: str, index: int, where: str) -> tuple[int, int]:
+        """Characters of `whole` that the answer in turn `index` adds to its inference prompt, up to and including the end mark."""
         prompt, content = self._render(messages[:index], True, where), messages[index]["content"]
-        start = whole.find(content, len(prompt)) if whole.startswith(prompt) else -1
-        if start < 0:
+        begin = whole.find(content, len(prompt)) if whole.startswith(prompt) else -1
+        if begin < 0:
             raise DataError(
                 _at(where, f"the chat template trains on prompts that inference never shows (turn {index} does not follow its generation prompt)"),
                 got=repr(_MARKS.sub("...", whole[: len(prompt)])[-60:]),
                 expected=repr(_MARKS.sub("...", prompt)[-60:]),
                 cure="choose another prompt, or a template without thinking marks and rewritten history",
             )
-        end = start + len(content)
-        atom = self._atoms.search(whole, end)
-        if atom is not None and atom["control"] is not None:
-            return _Answer(len(prompt), atom.end(), supervised)
-        return _Answer(len(prompt), end + (whole[end : end + 1] == "\n"), supervised)  # "plain" ends in a line break
+        end = begin + len(content)
+        following = self._atoms.search(whole, end)
+        if following is not None and following["control"] is not None:
+            return len(prompt), following.end()
+        return len(prompt), end + (whole[end : end + 1] == "\n")  # "plain" ends in a line break
 
     def _cut(self, rendered: str, contents: Sequence[str | Picture], supervised: bool) -> Iterator[_Piece]:
         text, at = "", 0

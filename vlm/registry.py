@@ -49,7 +49,7 @@ class Registry:
             near = difflib.get_close_matches(name, self.names(), 1)
             raise ConfigurationError(
                 f"no {self.axis} is called {name!r}",
-                expected=f"one of {', '.join(self.names())}",
+                expected=f"one of {', '.join(self.names())}" if self.names() else f"nothing: there is no {self.axis} yet",
                 cure=f"did you mean {near[0]!r}?" if near else "a part of your own is made known by `import:` in the YAML, or by `import` before loading",
             )
         return self._specs[name]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tokenizers import processors
 from torch import nn
 
 import vlm
@@ -35,8 +36,7 @@ SEEN = [{"from": "human", "value": "<image>\nq1"}, {"from": "gpt", "value": "a1"
 
 
 @pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
@@ -296,6 +296,14 @@ def test_a_damaged_tokenizer_is_a_problem(root: Path) -> None:
     assert "model.llm.tokenizer" in str(only(check(compose(root))))
 
 
+def test_a_part_that_refuses_to_be_built_is_one_problem_for_all_stages(whole: Path, parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: NativeSpec) -> Encoder:
+        raise ConfigurationError("native needs a licence", cure="get one")
+
+    monkeypatch.setattr(NativeSpec, "build", refuse)
+    assert str(only(check(compose(whole, "model.encoder=native", "model.connector.level=0")))) == "model: native needs a licence. get one"
+
+
 # ---- what is not checked -------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +425,27 @@ def test_some_answers_beyond_max_length_are_named_and_cut_rows_counted(root: Pat
     assert "sample 1: sample '1' is too long" in str(check(compose(root, "stages.instruct.max_length=40", "stages.instruct.too_long=error")).problems[0])
 
 
+def vicuna(root: Path) -> None:
+    """A tokenizer that starts every string with <s> and ends answers in </s>."""
+    tokenizer = tiny.tokenizer(bos="<s>", eos="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.save_pretrained(root / "tokenizer")
+
+
+def test_rows_that_may_not_be_cut_are_not_said_to_lose_their_answers(root: Path) -> None:
+    write(root, [{"conversations": [{"from": "human", "value": "word " * 40}, TALK[1]]} for _ in range(2)])
+    texts = [str(problem) for problem in check(compose(root, "stages.instruct.max_length=16", "stages.instruct.too_long=error")).problems]
+    assert len(texts) == 2
+    assert all("is too long" in text and "set too_long: cut" in text for text in texts)
+
+
+def test_official_prompts_are_rendered_for_every_sample(root: Path) -> None:
+    vicuna(root)
+    write(root, [{"image": "img/0.png", "conversations": [SEEN[0], answer]} for answer in (TALK[1], {"from": "gpt", "value": "Write <image>."})])
+    run = compose(root, "stages.instruct.prompt={use: vicuna_v1, official: true}", "stages.align.prompt=vicuna_v1")
+    assert "instruct.json, sample 1: an official prompt knows no system turns, no <image> in text" in str(only(check(run)))
+
+
 def test_a_picture_larger_than_a_row_is_named_where_sizes_differ(root: Path, parts: None) -> None:
     tiny.picture(size=(420, 420)).save(root / "img" / "5.png")
     run = compose(root, "model.encoder=native", "model.connector.level=0", "stages.align.max_length=1025", "stages.instruct=null", "eval.heldout=null")
@@ -439,12 +468,15 @@ def processor(run: RunSpec, index: int) -> VLMProcessor:
 
 
 @pytest.mark.parametrize(("prompt", "source"), [("chatml", "questions"), ("vicuna_v1", "questions"), ("plain", "captions")])
-def test_rows_are_counted_as_cut_exactly_where_the_processor_cuts(whole: Path, prompt: str, source: str) -> None:
-    run = compose(whole, f"stages.instruct.prompt={prompt}")
+def test_rows_are_counted_as_cut_exactly_where_the_processor_cuts(root: Path, prompt: str, source: str) -> None:
+    pairs = [turn for word in "abcdefgh" for turn in ({"from": "human", "value": word}, {"from": "gpt", "value": word})]
+    short = [{"independent": True, "conversations": [{"from": "system", "value": "Be brief, whatever is asked."}, *pairs]}, {"conversations": pairs}, {"conversations": pairs[:2]}]
+    write(root, json.loads((root / "instruct.json").read_text(encoding="utf-8")) + short)
+    run = compose(root, f"stages.instruct.prompt={prompt}")
     reader, real = run.data[source].open(), processor(run, 1)
     long = [len(real.row(sample)) for sample in reader]
     rows = cost.RowLengths(run.model, 32, real.tokenizer, run.stages["instruct"].prompt)
-    for limit in range(5, max(long) + 2):
+    for limit in sorted({edge for count in long for edge in (count - 1, count)}):
         measure = cost.Measure("instruct", rows, limit, "cut")
         cost.scan("", reader, [measure], headers=0, until=float("inf"))
         assert measure.cut == sum(count > limit for count in long), limit
@@ -474,7 +506,7 @@ def test_all_kinds_that_a_template_refuses_are_found_with_its_own_sentence(root:
     assert len(texts) == 3
     for index, text in zip((2, 3, 4), texts, strict=True):
         assert f"instruct.json, sample {index}: the chat template cannot render this conversation: turns must alternate" in text
-        assert "fold_system" in text
+        assert "choose another prompt" in text
     assert report.stages[1].counted == {"questions: system text folded into the first question": 1, "questions: unsupervised trailing turn": 1}
     strict = check(compose(root, "stages.instruct.prompt={use: tokenizer, fold_system: error}"))
     assert any("sample 1: the chat template refuses or loses the system turn" in str(problem) for problem in strict.problems)

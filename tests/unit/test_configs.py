@@ -42,12 +42,6 @@ def size(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `precision: auto` means depends on the machine; these tests do not."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
 def test_every_named_model_stands_in_the_table_of_published_numbers() -> None:
     assert names("encoder") == sorted(ENCODERS)
     assert names("llm") == sorted(DECODERS)

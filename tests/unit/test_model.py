@@ -218,6 +218,19 @@ def test_on_text_it_is_transformers_own_model(pictures: list[Picture], family: s
         assert torch.allclose(model(input_ids=ids).logits, model(input_ids=ids, attention_mask=whole).logits, rtol=0, atol=1e-6)  # causality alone is the mask
 
 
+def test_a_window_holds_where_causality_is_the_mask(pictures: list[Picture]) -> None:
+    """sdpa without a mask, except in layers whose window is shorter than the rows."""
+    model, rows = made("qwen2", "sdpa", use_sliding_window=True, sliding_window=12, max_window_layers=1), rows_of(pictures)
+    assert [layer.window for layer in model.llm.model.layers] == [None, 12]
+    theirs = AutoModelForCausalLM.from_config(model.llm.config, attn_implementation="sdpa")
+    theirs.load_state_dict(model.llm.state_dict())
+    ids = torch.randint(0, 300, (2, 30))
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=0, atol=1e-6)
+    alone = measure(model, *map(batch_of, rows.values()))
+    assert not differences(measure(model, batch_of(*rows.values())), alone) and not differences(measure(model, packed(*rows.values())), alone)
+
+
 # ---- gradients -------------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +291,9 @@ def test_what_is_called_unused_gets_no_gradient_and_all_else_does(pictures: list
     }
     assert {id(parameter) for parameter in model.unused()} <= {id(parameter) for parameter in model.encoder.parameters()}
     for name, parameter in trained(model).items():
-        dark = name.endswith("k_proj.bias") or (level == 0 and name.endswith("class_embedding"))  # a shift of all keys changes no attention; a summary token is read by patches only
+        dark = name.endswith("k_proj.bias") or (
+            level == 0 and name.endswith("class_embedding")
+        )  # a shift of all keys changes no attention; a summary token is read by patches only
         if name.startswith("encoder.") and not dark:
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -456,6 +471,15 @@ def test_what_is_saved_comes_back_bit_for_bit(pictures: list[Picture], tmp_path:
         assert (left.ids, left.labels, left.types) == (right.ids, right.labels, right.types)
         assert all(torch.equal(left.images[0].views[name], view) for name, view in right.images[0].views.items())
         assert reader.policy == "pad" and reader.prompt.spec == processor.prompt.spec
+
+
+def test_transformers_does_not_draw_our_values_again() -> None:
+    model = made()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for marked in (*model.modules(), *model.parameters()):
+        marked.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.fixture(scope="module")

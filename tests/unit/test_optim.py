@@ -77,7 +77,9 @@ def facts(groups: Sequence[Group]) -> dict[str, tuple[float | None, float]]:
 def case(request: pytest.FixtureRequest) -> Case:
     if request.param == "own":
         never = {name for name, shape in OWN_SHAPES.items() if len(shape) < 2 or any(word in name for word in ("token", "position", "queries"))}
-        return Case(OWN_SHAPES, [("llm.embed.weight", "llm.head.weight")], OWN_STAGES, never, "reward.weight", "scale", {name for name in OWN_SHAPES if name.startswith("connector.")})
+        return Case(
+            OWN_SHAPES, [("llm.embed.weight", "llm.head.weight")], OWN_STAGES, never, "reward.weight", "scale", {name for name in OWN_SHAPES if name.startswith("connector.")}
+        )
     folder: Path = request.getfixturevalue("field_folder") / "train_parameter_groups"
     parameters, stages, expected = (json.loads((folder / f"{name}.json").read_text()) for name in ("parameters", "stages", "expected"))
     assert len(parameters["shapes"]) - len(expected["a"]["trained"]) == expected["a"]["frozen"]

@@ -66,7 +66,9 @@ def micro_batch(hidden: Tensor, labels: Tensor) -> MicroBatch:
     """hidden (B, S, D), labels (B, S)."""
     supervised = int((labels[:, 1:] != IGNORE).sum())
     names = [str(index) for index in range(len(labels))] if supervised else []
-    return MicroBatch({"hidden": hidden, "labels": labels}, supervised, {"token": labels.numel(), "vision_token": 0, "document": len(names)}, names, ["fixed"] * len(names), ["text"] * len(names))
+    return MicroBatch(
+        {"hidden": hidden, "labels": labels}, supervised, {"token": labels.numel(), "vision_token": 0, "document": len(names)}, names, ["fixed"] * len(names), ["text"] * len(names)
+    )
 
 
 def classified(x: Tensor, y: Tensor) -> MicroBatch:
@@ -178,7 +180,9 @@ def processor() -> VLMProcessor:
     return VLMProcessor(spec, 32, tiny.tokenizer(), PromptSpec(use="chatml"))
 
 
-def data(processor: VLMProcessor, rank: int = 0, ranks: int = 1, batch: int = 7, micro_batch: int = 2, bad: int = 0, skip: tuple[str, ...] = (), weights: Any = None, seed: int = 3) -> StepData:
+def data(
+    processor: VLMProcessor, rank: int = 0, ranks: int = 1, batch: int = 7, micro_batch: int = 2, bad: int = 0, skip: tuple[str, ...] = (), weights: Any = None, seed: int = 3
+) -> StepData:
     readers = {"one": Talks("one", 19, bad), "two": Talks("two", 11)}
     mixture = Mixture({name: len(reader) for name, reader in readers.items()}, weights, batch, seed, 0, epochs=1.0)
     return StepData(readers, mixture, processor, skip=skip, rank=rank, ranks=ranks, batch=batch, micro_batch=micro_batch, max_length=256, too_long="cut")
@@ -301,7 +305,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compose(root: Path, runs: Path, name: str, inputs: Inputs, *more: str, **stage: Any) -> RunSpec:
     """llava_tiny with one stage on these inputs."""
-    run = vlm.compose("llava_tiny", f"data_root={root}", f"runs={runs}", f"name={name}", f"data.captions.file={inputs.file}", f"data.captions.images={inputs.images}", "seed=1", *more)
+    run = vlm.compose(
+        "llava_tiny", f"data_root={root}", f"runs={runs}", f"name={name}", f"data.captions.file={inputs.file}", f"data.captions.images={inputs.images}", "seed=1", *more
+    )
     return replace(run, stages={"only": StageSpec(data="captions", **(ALIGN | stage))})
 
 

@@ -47,6 +47,16 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(root, tmp_path_factory.mktemp("runs"), "whole", "save.every=1")
 
 
+def test_steps_behind_the_checkpoint_are_written_once(root: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = stages._Stage._save
+    monkeypatch.setattr(stages._Stage, "_save", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        run(root, tmp_path, "cut", "save.every=3")  # four steps are logged, three are saved
+    monkeypatch.setattr(stages._Stage, "_save", write)
+    folder = run(root, tmp_path, "cut", "save.every=3", resume=True)
+    assert [kept(record) for record in records(folder)] == [kept(record) for record in records(whole)]
+
+
 @pytest.mark.parametrize("total", sorted([*random.Random(0).sample(range(1, 4), 3), *(4 + k for k in random.Random(1).sample(range(1, 4), 3))]))
 def test_interrupted_equals_uninterrupted(root: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, total: int) -> None:
     save = checkpoint.save

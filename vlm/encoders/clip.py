@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlm.encoders import register
 from vlm.encoders.base import BlockWeights, Encoder, FixedSizeSpec
+from vlm.errors import CheckpointError, ConfigurationError
 from vlm.features import Features, ImageInput, Level, Stream
 
 __all__ = ["CLIPEncoder", "CLIPSpec", "TowerEncoder", "TowerSpec"]
@@ -122,8 +123,6 @@ class CLIPEncoder(TowerEncoder):
 
 def checked(config_class: Any, numbers: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The numbers with the class's defaults; raises ConfigurationError where transformers does not accept them."""
-    from vlm.errors import ConfigurationError
-
     try:
         return config_class(**dict(numbers or {})).to_dict()
     except Exception as problem:  # transformers' strict configs raise several kinds
@@ -131,8 +130,11 @@ def checked(config_class: Any, numbers: Mapping[str, Any] | None) -> Mapping[str
 
 
 def beside_weights(path: str) -> Mapping[str, Any]:
-    """The tower's numbers from the config.json beside its weights (`vision_config` of a two-tower file)."""
+    """The tower's numbers from the config.json beside its weights (`vision_config` of a two-tower file). Raises CheckpointError."""
     from vlm.weights.files import find_folder
 
-    numbers = json.loads((find_folder(path) / "config.json").read_text(encoding="utf-8"))
+    file = find_folder(path) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} holds no config.json", cure="give the folder of a whole checkpoint, or the numbers as encoder.config")
+    numbers = json.loads(file.read_text(encoding="utf-8"))
     return numbers.get("vision_config", numbers)
