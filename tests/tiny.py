@@ -12,9 +12,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TEXT = [
     "What colour is the picture? It is red, green or blue.",
     "USER: How many objects are there? ASSISTANT: There are two objects on the left.",
@@ -32,7 +30,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def llm_config(family: str = "llama", **numbers: Any) -> dict[str, Any]:
     """Architecture numbers of a decoder of a few thousand parameters."""
-    base = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 400, "max_position_embeddings": 512, "initializer_range": 0.2}
+    base = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 400,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+    }
     return base | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | FAMILIES[family] | numbers
 
 
@@ -68,7 +74,9 @@ def _metaspace(scheme: str) -> str:
     return json.dumps(content)
 
 
-def tokenizer(kind: str = "byte_level", *, chat: str | None = CHATML, pad: str | None = "<|endoftext|>", eos: str | None = "<|im_end|>", bos: str | None = None) -> PreTrainedTokenizerFast:
+def tokenizer(
+    kind: str = "byte_level", *, chat: str | None = CHATML, pad: str | None = "<|endoftext|>", eos: str | None = "<|im_end|>", bos: str | None = None
+) -> PreTrainedTokenizerFast:
     """A tokenizer of about 330 tokens with ChatML marks. kind: byte_level, byte_level_prefix_space, metaspace_legacy, metaspace_first."""
     text = _byte_level(kind.endswith("prefix_space")) if kind.startswith("byte_level") else _metaspace(kind.removeprefix("metaspace_"))
     raw = Tokenizer.from_str(text)
@@ -112,12 +120,14 @@ def data_root(folder: Path, samples: int = 12) -> Path:
             {"image": f"{i}.png", "conversations": talk(("human", f"<image>\n{ask}"), ("gpt", names[i % 3]))},
             {"conversations": talk(("human", f"How many is {i}?"), ("gpt", f"It is {i}."), ("human", "Hello!"), ("gpt", "Hello!"))},
             {"image": [f"{i}.png", f"{other}.png"], "conversations": talk(("human", "<image> and <image>\nColours?"), ("gpt", f"{names[i % 3]} and {names[other % 3]}"))},
-            {"image": f"{i}.png", "independent": True, "conversations": talk(("human", f"<image>\n{ask}"), ("gpt", names[i % 3]), ("human", "How many objects are there?"), ("gpt", "one"))},
+            {
+                "image": f"{i}.png",
+                "independent": True,
+                "conversations": talk(("human", f"<image>\n{ask}"), ("gpt", names[i % 3]), ("human", "How many objects are there?"), ("gpt", "one")),
+            },
         )
         instruct.append({"id": f"i{i}", **forms[i % 4]})
-    heldout = [
-        {"id": f"h{i}", "image": f"{i}.png", "kind": "colour", "conversations": talk(("human", f"<image>\n{ask}"), ("gpt", names[i % 3]))} for i in range(min(samples, 6))
-    ]
+    heldout = [{"id": f"h{i}", "image": f"{i}.png", "kind": "colour", "conversations": talk(("human", f"<image>\n{ask}"), ("gpt", names[i % 3]))} for i in range(min(samples, 6))]
     for name, rows in (("align", align), ("instruct", instruct), ("heldout", heldout)):
         for row in rows:
             if isinstance(row.get("image"), str):

@@ -31,9 +31,9 @@ from vlm.registry import Registry
 from vlm.train import cost
 from vlm.train.config import RunSpec, StageSpec
 from vlm.train.engine import deepspeed_config, precision_of
+from vlm.train.forms import model_at, sources_of, stage_mixture
 from vlm.train.ledger import print_ledger
 from vlm.train.optim import Group, rates
-from vlm.train.stages import model_at, sources_of, stage_mixture
 from vlm.weights.files import find_folder
 
 __all__ = ["Parts", "Report", "StageReport", "check_run", "parts_table"]

@@ -22,8 +22,8 @@ from vlm.loading import build, form
 from vlm.model import VLM
 from vlm.processor import VLMProcessor
 from vlm.train.config import RunSpec, StageSpec
+from vlm.train.forms import sources_of, stage_mixture
 from vlm.train.optim import Group, plan
-from vlm.train.stages import sources_of, stage_mixture
 from vlm.train.steps import accumulation
 
 __all__ = ["Length", "Measure", "Refusals", "RowLengths", "Scan", "batch_line", "length", "picture_tokens", "planned", "scan", "structure", "typical_size"]

@@ -51,7 +51,9 @@ def deepspeed_config(stage: StageSpec, accumulation: int, dtype: torch.dtype) ->
     config = {key: dict(value) if isinstance(value, Mapping) else value for key, value in stage.deepspeed.items()}
     zero = config.setdefault("zero_optimization", {"stage": 0})["stage"]
     if dtype == torch.bfloat16 and zero == 0:
-        raise ConfigurationError("bf16 at ZeRO 0 rounds differently from ZeRO 1 to 3", got="deepspeed: zero0 with precision bf16", cure="use deepspeed: zero1 or higher, or precision: fp32")
+        raise ConfigurationError(
+            "bf16 at ZeRO 0 rounds differently from ZeRO 1 to 3", got="deepspeed: zero0 with precision bf16", cure="use deepspeed: zero1 or higher, or precision: fp32"
+        )
     return config | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,

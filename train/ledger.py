@@ -53,4 +53,6 @@ def check_ledger(groups: Iterable[Group], model: nn.Module, optimizer: torch.opt
     ):
         if wrong:
             some = sorted(names.get(key, "a parameter outside of the model's groups") for key in wrong)
-            raise ConfigurationError(f"the ledger does not balance: {some[0]} {what}", got=f"{len(some)} such tensors", cure="mend the part that changed requires_grad, or its groups()")
+            raise ConfigurationError(
+                f"the ledger does not balance: {some[0]} {what}", got=f"{len(some)} such tensors", cure="mend the part that changed requires_grad, or its groups()"
+            )

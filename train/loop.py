@@ -97,7 +97,11 @@ def _record(
         "vision_tokens": int(units["vision_token"]),
         "supervised": int(supervised),
         "samples": int(samples),
-        "sources": {name: {"loss": loss / number if number else None, "samples": int(rows), "share": rows / samples} for name, (loss, number, rows) in zip(sums, triples, strict=True) if rows},
+        "sources": {
+            name: {"loss": loss / number if number else None, "samples": int(rows), "share": rows / samples}
+            for name, (loss, number, rows) in zip(sums, triples, strict=True)
+            if rows
+        },
         "modality": {kind: int(rows) for kind, rows in zip(modality, rest, strict=False)},
         "rates": {path: peak * share for path, peak in zip(engine.paths, engine.peaks, strict=True)},
         "gradient_norm": engine.gradient_norm(),

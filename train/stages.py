@@ -6,8 +6,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,6 @@ import torch.distributed as dist
 import yaml
 
 from vlm.composition import resolved
-from vlm.config import ModelSpec
-from vlm.data.mixture import Mixture
 from vlm.errors import ConfigurationError
 from vlm.generate import prepare
 from vlm.initial import gathered
@@ -26,15 +22,17 @@ from vlm.loading import build, first_model, form, saved_model
 from vlm.model import VLM
 from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.train import checkpoint
-from vlm.train.config import RunSpec, StageSpec
+from vlm.train.check import check_run
+from vlm.train.config import RunSpec
 from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
+from vlm.train.forms import model_at, sources_of, stage_mixture
 from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
 from vlm.train.log import Log, draw_curve
 from vlm.train.loop import run_steps, write_skipped
 from vlm.train.optim import adamw, plan
 from vlm.train.steps import StepData, accumulation, loader
 
-__all__ = ["fit", "model_at", "run_folder", "stage_mixture"]
+__all__ = ["fit", "run_folder"]
 
 
 def run_folder(run: RunSpec) -> Path:
@@ -44,12 +42,15 @@ def run_folder(run: RunSpec) -> Path:
 def fit(run: RunSpec, *, resume: bool = False) -> Path:
     """Train all stages of a run and write its export; returns the run's folder. Called on every rank.
 
-    resume: go on from the newest whole checkpoint. Raises ConfigurationError for an existing folder without resume.
+    resume: go on from the newest whole checkpoint. Raises ConfigurationProblems with everything that `vlm check` finds wrong, ConfigurationError for an existing folder without resume.
     """
     rank, ranks, device = connect()
     folder = run_folder(run)
+    warnings = check_run(run, quick=True).warnings if rank == 0 else []
     _open_folder(run, folder, resume, rank)
     log = Log(folder, rank, run.log_every)
+    for warning in warnings:
+        log.console.print(f"warning: {warning}")
     try:
         for index, name in enumerate(run.stages):
             if not (folder / "stages" / name).is_dir():
@@ -62,25 +63,6 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
     finally:
         log.close()
     return folder
-
-
-def stage_mixture(run: RunSpec, index: int, sizes: Mapping[str, int]) -> Mixture:
-    """The order of samples of a stage. sizes: samples per source that the stage names."""
-    stage = list(run.stages.values())[index]
-    weights = None if isinstance(stage.data, str) else dict(stage.data)
-    epochs = stage.epochs if stage.epochs is not None or stage.steps is not None else 1.0
-    return Mixture(sizes, weights, stage.batch, run.seed, index, epochs=epochs, steps=stage.steps)
-
-
-def sources_of(stage: StageSpec) -> tuple[str, ...]:
-    return (stage.data,) if isinstance(stage.data, str) else tuple(stage.data)
-
-
-def model_at(run: RunSpec, index: int) -> ModelSpec:
-    """The model's form in a stage: with the adaptations that have entered by then."""
-    names = list(run.stages)
-    entered = {name: spec for name, spec in run.model.adapt.items() if names.index(spec.since or names[0]) <= index}
-    return replace(run.model, adapt=entered)
 
 
 class _Stage:
@@ -229,7 +211,15 @@ def _environment() -> dict[str, Any]:
     here = Path(__file__).resolve().parent
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions, "commit": commit, "devices": devices, "ranks": dist.get_world_size(), "command": sys.argv}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "commit": commit,
+        "devices": devices,
+        "ranks": dist.get_world_size(),
+        "command": sys.argv,
+    }
 
 
 def _manifest(run: RunSpec) -> dict[str, Any]:

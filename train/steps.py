@@ -1,5 +1,6 @@
 """A step's samples -> this rank's micro-batches. Runs in data workers; a pure function of (seed, stage, step), so that resuming needs one integer."""
 
+import itertools
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping
@@ -87,7 +88,7 @@ class StepData(Dataset[Step]):
         rows = [row for source, index in samples[self.rank :: self.ranks] if (row := self._row(source, index, step)) is not None]
         rows.sort(key=len)
         edges = [round(part * len(rows) / self.count) for part in range(self.count + 1)]
-        step.micro_batches = [self._micro_batch(rows[start:end]) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+        step.micro_batches = [self._micro_batch(rows[start:end]) for start, end in itertools.pairwise(edges)]
         return step
 
     def _row(self, source: str, index: int, step: Step) -> Row | None:

@@ -22,7 +22,9 @@ class _Friendly(TyperGroup):
             raise typer.Exit(1) from None
 
 
-app = typer.Typer(cls=_Friendly, help="Vision-language models from exchangeable parts, trained by one YAML.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    cls=_Friendly, help="Vision-language models from exchangeable parts, trained by one YAML.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
 data = typer.Typer(cls=_Friendly, help="Data: convert other formats, make the demo's scenes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
@@ -35,6 +37,7 @@ def before(imports: Annotated[list[str] | None, typer.Option("--import", help="A
         from vlm.composition import import_parts
 
         import_parts(imports)
+
 
 Config = Annotated[str, typer.Argument(help="A name of configs/run, or the path of a YAML.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, such as data_root=/data stages.align.batch=64.")]
@@ -59,7 +62,9 @@ def train_command(
 
 
 @app.command("check")
-def check_command(config: Config, overrides: Overrides = None, everything: Annotated[bool, typer.Option("--all", help="Open every picture's header, not the first 1,000.")] = False) -> None:
+def check_command(
+    config: Config, overrides: Overrides = None, everything: Annotated[bool, typer.Option("--all", help="Open every picture's header, not the first 1,000.")] = False
+) -> None:
     """Say what a run would do and what is wrong with it; no GPU, no weights. Example: vlm check llava_1.5_7b"""
     import vlm
 
@@ -141,7 +146,9 @@ def demo_command(
     typer.echo(f"\n{sample.pictures[0].path}\n> {question}")
     converse(model, processor, images=[sample.pictures[0]], prompt=question)
     report = export_run(run)
-    typer.echo(f"\n{report.folder}: loaded by transformers' LlavaForConditionalGeneration in a fresh process, max logit difference {report.max_logit_difference:.2e}, greedy tokens equal")
+    typer.echo(
+        f"\n{report.folder}: loaded by transformers' LlavaForConditionalGeneration in a fresh process, max logit difference {report.max_logit_difference:.2e}, greedy tokens equal"
+    )
 
 
 @data.command("scenes")

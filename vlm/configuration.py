@@ -1,6 +1,7 @@
 """config.json of a VLM: the parts by name with their numbers, and the decoder's own transformers config."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -37,9 +38,9 @@ class VLMConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, model: ModelSpec, text_config: Any, image_token_id: int) -> "VLMConfig":
-        """From a composed model and the decoder's transformers config."""
+        """From a composed model and the decoder's transformers config. Where first weights came from stays behind."""
         adapt = {name: to_plain(spec) for name, spec in model.adapt.items()}
-        return cls(encoder=to_plain(model.encoder), connector=to_plain(model.connector), adapt=adapt, text_config=text_config, image_token_id=image_token_id)
+        return cls(encoder=to_plain(replace(model.encoder, path=None)), connector=to_plain(model.connector), adapt=adapt, text_config=text_config, image_token_id=image_token_id)
 
     def spec(self) -> ModelSpec:
         """The parts' Specs; raises ConfigurationError for a part that nobody registered. No code is imported because a checkpoint names it."""

@@ -35,7 +35,9 @@ def first_values(part: nn.Module, initialise: Callable[[], None], *, reads: nn.M
             forgotten = [name for name, parameter in part.named_parameters() if parameter.isnan().any()]
         if forgotten:
             raise ConfigurationError(
-                f"{type(part).__name__} leaves parameters without a first value", got=", ".join(forgotten[:5]), cure="set them in `initialise`, or give their module `reset_parameters`"
+                f"{type(part).__name__} leaves parameters without a first value",
+                got=", ".join(forgotten[:5]),
+                cure="set them in `initialise`, or give their module `reset_parameters`",
             )
 
 

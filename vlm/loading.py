@@ -135,14 +135,24 @@ def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | 
     """
     model = build(form(replace(spec, adapt={}), image_token_id), zero)
     _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key)
-    for part in model.connector.values():
+    for part in model.parts():
         first_values(part, partial(part.initialise, model.encoder), reads=model.encoder)
-    vocabulary = [module.weight for module in (model.llm.get_input_embeddings(), model.llm.get_output_embeddings())]
+    vocabulary = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())]
     grow = [name for name, parameter in model.llm.named_parameters(remove_duplicate=False) if any(parameter is weight for weight in vocabulary)]
     _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), lambda name: name, grow)
+    if spec.llm.weights == "path" and spec.llm.path is not None:
+        _read_generation(model, find_folder(spec.llm.path))
     for name, adaptation in spec.adapt.items():
         model.add(name, adaptation)
     return model
+
+
+def _read_generation(model: "VLM", folder: Path) -> None:
+    """How generation ends and what it never says, where a folder says so."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _first_values(module: nn.Module, path: str | None, weights: str, drawing: Callable[[], None], key: Callable[[str], str | None], grow: Iterable[str] = ()) -> None:
@@ -160,6 +170,7 @@ def saved_model(folder: Path, zero: Mapping[str, Any] | None = None) -> "VLM":
 
     model = build(VLMConfig.from_pretrained(folder), zero)
     load_tensors(model, read_tensors(folder), source=str(folder))
+    _read_generation(model, folder)
     return model
 
 

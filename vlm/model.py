@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vlm.composition import to_plain
 from vlm.config import links
 from vlm.configuration import VLMConfig
+from vlm.connectors.base import Connector
+from vlm.encoders.base import Encoder
 from vlm.errors import CheckpointError
 from vlm.features import Features, ImageInput
 from vlm.initial import gathered
@@ -56,17 +58,16 @@ class VLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules: list[str] = []
 
     def __init__(self, config: VLMConfig):
         super().__init__(config)
         spec = config.spec()
         self.spec = spec
-        self.encoder = spec.encoder.build()
+        self.encoder: Encoder = spec.encoder.build()
         self.chain = links(spec.encoder, spec.connector, config.text_config.hidden_size)
         self.reads = self.chain[0][0].reads(self.chain[0][1])
         self.connector = nn.ModuleDict({link_name(index, part.use): part.build(spec.encoder, link) for index, (part, link) in enumerate(self.chain)})
-        self.llm = decoders.build_decoder(config.text_config, list(spec.adapt.values()))
+        self.llm: PreTrainedModel = decoders.build_decoder(config.text_config, list(spec.adapt.values()))
         self._tied_weights_keys = {f"llm.{key}": f"llm.{value}" for key, value in (self.llm._tied_weights_keys or {}).items()} if config.text_config.tie_word_embeddings else {}
         self.post_init()
 
@@ -77,9 +78,13 @@ class VLM(PreTrainedModel, GenerationMixin):
         trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = self.encoder(images, self.reads)
-        for part in self.connector.values():
+        for part in self.parts():
             features = part(features)
         return features
+
+    def parts(self) -> list[Connector]:
+        """The links of the connector chain, in order."""
+        return cast("list[Connector]", list(self.connector.values()))
 
     def embed(self, input_ids: Tensor, vision: Tensor, images: Sequence[ImageInput] | None) -> Tensor:
         """(B, S, D): text embeddings with the pictures' features among them. One embedding call and, while training, one encoder call whatever the rows hold."""
@@ -123,10 +128,9 @@ class VLM(PreTrainedModel, GenerationMixin):
             mm_token_type_ids = type_from_ids(input_ids, self.config.image_token_id)
         if inputs_embeds is None:
             assert input_ids is not None
-            if past:  # behind a cache there is text only
-                inputs_embeds = self.get_input_embeddings()(input_ids)
+            if past or mm_token_type_ids is None:  # behind a cache there is text only
+                inputs_embeds = cast(Tensor, self.get_input_embeddings()(input_ids))
             else:
-                assert mm_token_type_ids is not None
                 inputs_embeds = self.embed(input_ids, mm_token_type_ids == 1, images)
         context = self.context(inputs_embeds, past, attention_mask, position_ids, mm_token_type_ids, document_ids, picture_ids, branch_ids, bool(images), plain)
         output = decoders.stack(self.llm)(
@@ -142,7 +146,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             self._add_loss(result, hidden, labels)
         if labels is None or logits_to_keep is not None:
-            result.logits = finish_logits(self.llm.get_output_embeddings()(hidden[:, -(logits_to_keep or 0) :]), self.config.text_config)
+            result.logits = finish_logits(self.get_output_embeddings()(hidden[:, -(logits_to_keep or 0) :]), self.config.text_config)
         return result
 
     def context(
@@ -193,21 +197,22 @@ class VLM(PreTrainedModel, GenerationMixin):
     def _add_loss(self, result: VLMOutput, hidden: Tensor, labels: Tensor) -> None:
         targets = labels[:, 1:]
         supervised = targets != IGNORE
-        losses = self.llm.get_output_embeddings()(hidden[:, :-1][supervised], targets[supervised])
-        result.loss_sum, result.count = losses.sum(), supervised.sum()
+        losses = self.get_output_embeddings()(hidden[:, :-1][supervised], targets[supervised])
+        loss_sum, count = losses.sum(), supervised.sum()
+        result.loss_sum, result.count = loss_sum, count
         row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)[supervised]
         result.row_losses = losses.new_zeros(len(labels)).index_add_(0, row, losses.detach())
         result.row_counts = supervised.sum(1)
         assert result.context is not None
         result.auxiliary, units = result.context.losses, result.context.units() if result.context.losses else {}
         extra = [one.coefficient * one.sum / units[one.unit].clamp(min=1) for one in result.auxiliary.values()]
-        result.loss = sum(extra, result.loss_sum / result.count.clamp(min=1))
+        result.loss = sum(extra, loss_sum / count.clamp(min=1))
 
     def _dummy(self, like: Tensor) -> ImageInput:
         return self.spec.encoder.dummy().to(like.device, like.dtype)
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor | None = None, images: Sequence[ImageInput] | None = None, **kwargs: Any) -> Any:
+    def generate(self, input_ids: Tensor | None = None, images: Sequence[ImageInput] | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """transformers' generate over left-padded rows (as `VLMProcessor.__call__` makes them); returns the new tokens only, (B, T).
 
         Pictures are encoded once, so beams and sampling repeat embeddings, not pictures. Without a cache (use_cache=False) every step sees ids and pictures again.
@@ -219,9 +224,9 @@ class VLM(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(input_ids) if mask is None else mask
         common: dict[str, Any] = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "mm_token_type_ids": types, **kwargs}
         if kwargs.get("use_cache", True) is False:
-            whole = super().generate(input_ids=input_ids, images=images, **common)
+            whole = GenerationMixin.generate(cast(Any, self), input_ids=input_ids, images=images, **common)
             return whole[:, input_ids.shape[1] :] if isinstance(whole, Tensor) else whole
-        return super().generate(inputs_embeds=self.embed(input_ids, types == 1, images), **common)
+        return GenerationMixin.generate(cast(Any, self), inputs_embeds=self.embed(input_ids, types == 1, images), **common)
 
     # ---- what transformers asks of a model -----------------------------------------------------------------------------
 
@@ -229,7 +234,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         return self.llm.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.llm.get_output_embeddings()
+        return decoders.output_embeddings(self.llm)
 
     def initialize_weights(self) -> None:
         """Make the buffers that no file holds. First values of parameters are given by loading.py, once, part by part; transformers must not draw them again (feasibility section 4)."""
@@ -248,16 +253,16 @@ class VLM(PreTrainedModel, GenerationMixin):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter of the model under one path: encoder..., connector.NAME..., llm...."""
         parts: list[tuple[str, dict[str, list[nn.Parameter]]]] = [("encoder", self.encoder.groups())]
-        parts += [(f"connector.{name}", part.groups()) for name, part in self.connector.items()]
+        parts += [(f"connector.{name}", part.groups()) for name, part in zip(self.connector, self.parts(), strict=True)]
         parts += [("llm", decoders.groups(self.llm, list(self.spec.adapt.values())))]
         return {f"{prefix}.{path}".rstrip("."): found for prefix, groups in parts for path, found in groups.items() if found}
 
     def unused(self) -> list[nn.Parameter]:
         """Parameters kept for a checkpoint's sake: no gradient ever reaches them."""
-        return [*self.encoder.unused(self.reads), *(p for part in self.connector.values() for p in part.unused())]
+        return [*self.encoder.unused(self.reads), *(p for part in self.parts() for p in part.unused())]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "VLM":
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a missing, unexpected or mis-shaped key is a CheckpointError."""
         wanted = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name

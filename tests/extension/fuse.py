@@ -63,7 +63,11 @@ class Fuse(Connector):
 
     def forward(self, features: Features) -> Features:
         (first, low_lengths), (second, lengths) = (features.stream(stream).patches(level) for stream, level in self.taps)
-        query, keys, values = self.query(self.queries), self.key(second), self.value(second)  # each module once, whatever the number of pictures: the loop below holds no parameters
+        query, keys, values = (
+            self.query(self.queries),
+            self.key(second),
+            self.value(second),
+        )  # each module once, whatever the number of pictures: the loop below holds no parameters
         fused = []
         for fine, coarse, key, value in zip(first.split(low_lengths), second.split(lengths), keys.split(lengths), values.split(lengths), strict=True):
             fused += [fine, coarse, torch.softmax(query @ key.T, -1) @ value]

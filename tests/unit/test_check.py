@@ -439,11 +439,13 @@ def test_rows_that_may_not_be_cut_are_not_said_to_lose_their_answers(root: Path)
     assert all("is too long" in text and "set too_long: cut" in text for text in texts)
 
 
-def test_official_prompts_are_rendered_for_every_sample(root: Path) -> None:
+def test_official_prompts_are_rendered_for_every_sample(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vicuna(root)
     write(root, [{"image": "img/0.png", "conversations": [SEEN[0], answer]} for answer in (TALK[1], {"from": "gpt", "value": "Write <image>."})])
     run = compose(root, "stages.instruct.prompt={use: vicuna_v1, official: true}", "stages.align.prompt=vicuna_v1")
     assert "instruct.json, sample 1: an official prompt knows no system turns, no <image> in text" in str(only(check(run)))
+    monkeypatch.setattr(checks, "SECONDS", -1.0)
+    assert any("whether 2 rows of stage instruct" in line for line in check(run).not_checked)
 
 
 def test_a_picture_larger_than_a_row_is_named_where_sizes_differ(root: Path, parts: None) -> None:
@@ -470,7 +472,8 @@ def processor(run: RunSpec, index: int) -> VLMProcessor:
 @pytest.mark.parametrize(("prompt", "source"), [("chatml", "questions"), ("vicuna_v1", "questions"), ("plain", "captions")])
 def test_rows_are_counted_as_cut_exactly_where_the_processor_cuts(root: Path, prompt: str, source: str) -> None:
     pairs = [turn for word in "abcdefgh" for turn in ({"from": "human", "value": word}, {"from": "gpt", "value": word})]
-    short = [{"independent": True, "conversations": [{"from": "system", "value": "Be brief, whatever is asked."}, *pairs]}, {"conversations": pairs}, {"conversations": pairs[:2]}]
+    system = {"from": "system", "value": "Be brief, whatever is asked."}
+    short = [{"independent": free, "conversations": turns} for free in (True, False) for turns in (pairs, [system, *pairs], pairs[:2])]
     write(root, json.loads((root / "instruct.json").read_text(encoding="utf-8")) + short)
     run = compose(root, f"stages.instruct.prompt={prompt}")
     reader, real = run.data[source].open(), processor(run, 1)

@@ -10,7 +10,7 @@ import torch
 import vlm
 from vlm.loading import first_model, saved_model
 from vlm.processor import collate, load_tokenizer, placeholder_id
-from vlm.train.stages import model_at
+from vlm.train.forms import model_at
 
 RUN = Path(__file__).parents[1] / "extension" / "run.yaml"
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests import tiny
 from vlm.config import LLMSpec, ModelSpec
@@ -339,8 +339,6 @@ def test_a_row_with_nothing_left_to_learn(pictures: list[Picture]) -> None:
 
 
 def test_a_conversation_that_the_released_walk_gives_up_stays_without_labels() -> None:
-    from tokenizers import processors
-
     tokenizer = tiny.tokenizer(bos="<s>", eos="</s>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
     one = processor("vicuna_v1", tokenizer=tokenizer, official=True)  # a tokenizer without the `legacy` switch counts later rounds as Llama's does
@@ -434,9 +432,6 @@ def test_field_tok_pad_is_eos(field_folder: Path) -> None:
 
 def bare(**options: Any) -> PreTrainedTokenizerBase:
     """A tokenizer that does not know <image>."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     known = tiny.tokenizer(**options)
     content = json.loads(known.backend_tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<image>"]

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests import tiny
 from vlm.data.sample import Picture, Turn
 from vlm.errors import ConfigurationError, DataError
 from vlm.prompt import GIVEN_UP, PICTURE, Encoded, PlainText, Prompt, PromptSpec
+from vlm.prompt_official import IGNORE, IMAGE, train_ids_and_labels
 
 KINDS = ("byte_level", "byte_level_prefix_space", "metaspace_legacy", "metaspace_first")
 PROMPTS = ("plain", "vicuna_v1", "chatml", "tokenizer")
@@ -177,6 +178,35 @@ def test_control_tokens_in_text_stay_text(kind: str, text: str) -> None:
     for start in (True, False):
         assert set(used.text.control.values()).isdisjoint(used.text.ids(text, start))
     assert shown(tokenizer, used.text.ids(text, False)) == text
+    assert tokenizer.decode(used.text.ids(text, True)).removeprefix(" ") == text, "only the tokenizer's own mark at the start"
+
+
+def test_a_mark_that_the_tokenizer_finds_in_any_case() -> None:
+    content = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+    content["normalizer"] = {"type": "Lowercase"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=True)])
+    mark = tokenizer.convert_tokens_to_ids("<tool>")
+    assert mark in tokenizer("<TOOL>")["input_ids"]
+    assert mark not in PlainText(tokenizer).ids("a <TOOL>", False)
+
+
+def test_text_that_the_tokenizer_joins_to_the_anchor_is_anchored_otherwise() -> None:
+    """A vocabulary without pre-tokenization, in which line breaks and bars go together with what stands before them."""
+    words = ["▁", "\n", "|", "\n\n", "|\n", "a", ">", "▁a"]
+    model = models.BPE({word: index for index, word in enumerate(words)}, [("\n", "\n"), ("|", "\n"), ("▁", "a")])
+    built = Tokenizer(model)
+    built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    text = PlainText(PreTrainedTokenizerFast(tokenizer_object=built, eos_token="</s>"))
+    named = [words[index] for index in text.ids("\na", False)]
+    assert named == ["\n", "a"]
+    assert [words[index] for index in text.ids("a", True)] == ["▁a"]
+
+
+def test_pictures_in_answers_are_not_learned() -> None:
+    used = prompt()
+    row = used.encode((user("q"), Turn("assistant", ("see ", Picture(""), " there"), supervised=True)))
+    assert [shown(used.tokenizer, ids) for ids in stretches(row)] == ["see ", " there<|im_end|>"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "byte_level_prefix_space"])  # which itself puts a space behind every added word
@@ -191,9 +221,6 @@ def test_added_words_and_blanks_are_ordinary_vocabulary(kind: str) -> None:
 
 
 def test_an_unknown_character_is_no_control_token() -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     words = ["<unk>", "</s>", *"abc \n:", *"ASITNUER"]
     built = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     built.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -364,11 +391,7 @@ def test_an_unknown_prompt() -> None:
 
 
 def test_a_control_token_that_is_missing() -> None:
-    bare = tiny.tokenizer()
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    content = json.loads(bare.backend_tokenizer.to_str())
+    content = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
     content["added_tokens"] = []
     with pytest.raises(ConfigurationError, match=r"'chatml' needs the control token '<\|im_start\|>', which the tokenizer does not have"):
         prompt("chatml", PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content))))
@@ -420,8 +443,6 @@ def vicuna(kind: str = "byte_level", legacy: bool = False) -> PreTrainedTokenize
 
 
 def test_official_rows_have_the_released_ids_and_labels() -> None:
-    from vlm.prompt_official import IGNORE, IMAGE, train_ids_and_labels
-
     tokenizer = vicuna(legacy=True)
     used = prompt("vicuna_v1", tokenizer, official=True)
     said = [{"from": "human", "value": "What\n<image>"}, {"from": "gpt", "value": "red"}, {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import vlm
-from vlm.errors import CheckpointError, ConfigurationError, DataError, NumericsError
+from vlm.errors import CheckpointError, ConfigurationError, NumericsError, VLMError
 from vlm.train import checkpoint, stages
 from vlm.train.optim import Group
 
@@ -154,7 +154,7 @@ def test_a_missing_picture_is_named(root: Path, tmp_path: Path) -> None:
     rows = json.loads((root / "align.json").read_text())
     rows[3]["image"] = "img/none.png"
     (root / "broken.json").write_text(json.dumps(rows))
-    with pytest.raises(DataError, match=r"broken\.json.*none\.png"):
+    with pytest.raises(VLMError, match=r"broken\.json.*none\.png"):
         run(root, tmp_path, "missing", f"data.captions.file={root}/broken.json", "every_stage.steps=null", "every_stage.epochs=1")
 
 
@@ -165,6 +165,6 @@ def test_bad_samples_are_left_out_counted_and_listed(root: Path, tmp_path: Path)
     (root / "cut.json").write_text(json.dumps(rows))
     folder = run(root, tmp_path, "skip", f"data.captions.file={root}/cut.json", "data.captions.on_bad=skip", "every_stage.steps=null", "every_stage.epochs=1")
     listed = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
-    assert len(listed) == 1 and "cut.png" in listed[0]["reason"] or "cut.json" in listed[0]["reason"]
+    assert (len(listed) == 1 and "cut.png" in listed[0]["reason"]) or "cut.json" in listed[0]["reason"]
     align = [record for record in records(folder) if record["stage"] == "align"]
     assert sum(record["samples"] for record in align) == 11 and sum(record.get("skipped", 0) for record in align) == 1

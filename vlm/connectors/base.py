@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from vlm.initial import draw
 from vlm.features import SUMMARY, Features, Layouts, Level, TokenLayout
+from vlm.initial import draw
 
 __all__ = ["Connector", "ConnectorSpec", "Link"]
 

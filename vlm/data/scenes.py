@@ -5,7 +5,6 @@ none can be learned by heart. Answers are spread evenly within each kind, so tha
 """
 
 import hashlib
-import json
 import math
 import multiprocessing
 import random

@@ -13,7 +13,7 @@ from vlm.llm.context import Scope
 from vlm.llm.head import adapt_head
 from vlm.llm.layer import adapt_layer
 
-__all__ = ["build_decoder", "decoder_config", "groups", "in_order", "layers", "scope", "stack"]
+__all__ = ["build_decoder", "decoder_config", "groups", "in_order", "layers", "output_embeddings", "scope", "stack"]
 
 
 def decoder_config(numbers: Mapping[str, Any]) -> Any:
@@ -34,7 +34,7 @@ def build_decoder(config: Any, adapt: Sequence[AdaptationSpec] = ()) -> PreTrain
     shared = Scope()
     for index, layer in enumerate(layers(decoder)):
         adapt_layer(layer, index, shared, config)
-    adapt_head(decoder.get_output_embeddings(), config)
+    adapt_head(output_embeddings(decoder), config)
     for adaptation in in_order(adapt):
         adaptation.build(decoder, shared)
         adaptation.release(decoder)
@@ -54,6 +54,11 @@ def in_order(adapt: Sequence[AdaptationSpec]) -> list[AdaptationSpec]:
 def stack(decoder: nn.Module) -> PreTrainedModel:
     """The decoder without its head."""
     return cast(PreTrainedModel, getattr(decoder, cast(PreTrainedModel, decoder).base_model_prefix))
+
+
+def output_embeddings(decoder: nn.Module) -> nn.Module:
+    """The decoder's head. Every causal LM has one."""
+    return cast(nn.Module, cast(PreTrainedModel, decoder).get_output_embeddings())
 
 
 def layers(decoder: nn.Module) -> nn.ModuleList:
@@ -76,7 +81,7 @@ def groups(decoder: PreTrainedModel, adapt: Sequence[AdaptationSpec] = ()) -> di
             found.setdefault(path, []).extend(parameters)
             owned.update(id(parameter) for parameter in parameters)
     embedding = {id(p) for p in decoder.get_input_embeddings().parameters()}
-    head = {id(p) for p in decoder.get_output_embeddings().parameters()} - embedding
+    head = {id(p) for p in output_embeddings(decoder).parameters()} - embedding
     inside = {id(p) for p in layers(decoder).parameters()}
     modules = dict(decoder.named_modules())
     for name, parameter in decoder.named_parameters():

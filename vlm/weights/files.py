@@ -1,6 +1,7 @@
 """Folders with weights of others: where they are, and their tensors one at a time."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def _sharded(folder: Path, index: str) -> Iterator[tuple[str, Tensor]]:
                 wanted.discard(name)
                 yield name, tensor
         if wanted:
-            raise CheckpointError(f"shard {shard} of {folder} lacks tensors that {index} places there", got=f"{len(wanted)} missing, such as {min(wanted)}", cure="fetch the checkpoint again")
+            raise CheckpointError(
+                f"shard {shard} of {folder} lacks tensors that {index} places there", got=f"{len(wanted)} missing, such as {min(wanted)}", cure="fetch the checkpoint again"
+            )
 
 
 def _file_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -65,4 +68,9 @@ def _file_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         except SafetensorError as problem:
             raise CheckpointError(f"{file} is damaged: {problem}", cure="fetch the file again") from problem
         return
-    yield from torch.load(file, map_location="cpu", weights_only=True).items()
+    try:
+        yield from torch.load(file, map_location="cpu", weights_only=True).items()
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as problem:
+        raise CheckpointError(
+            f"{file} is damaged, or holds more than tensors: {problem}", cure="fetch the file again, or a safetensors form of it; code in checkpoints is never run"
+        ) from problem

@@ -1,0 +1,29 @@
+"""What a run means in one of its stages: which sources in which order, and the model's form."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from vlm.config import ModelSpec
+from vlm.data.mixture import Mixture
+from vlm.train.config import RunSpec, StageSpec
+
+__all__ = ["model_at", "sources_of", "stage_mixture"]
+
+
+def stage_mixture(run: RunSpec, index: int, sizes: Mapping[str, int]) -> Mixture:
+    """The order of samples of a stage. sizes: samples per source that the stage names."""
+    stage = list(run.stages.values())[index]
+    weights = None if isinstance(stage.data, str) else dict(stage.data)
+    epochs = stage.epochs if stage.epochs is not None or stage.steps is not None else 1.0
+    return Mixture(sizes, weights, stage.batch, run.seed, index, epochs=epochs, steps=stage.steps)
+
+
+def sources_of(stage: StageSpec) -> tuple[str, ...]:
+    return (stage.data,) if isinstance(stage.data, str) else tuple(stage.data)
+
+
+def model_at(run: RunSpec, index: int) -> ModelSpec:
+    """The model's form in a stage: with the adaptations that have entered by then."""
+    names = list(run.stages)
+    entered = {name: spec for name, spec in run.model.adapt.items() if names.index(spec.since or names[0]) <= index}
+    return replace(run.model, adapt=entered)
