@@ -3,22 +3,17 @@
 import difflib
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from vlm.composition import CONFIGS, ConfigurationProblems, to_plain
+from vlm.composition import to_plain
 from vlm.config import links
 from vlm.connectors.base import ConnectorSpec, Link
 from vlm.errors import CheckpointError, ConfigurationError, DataError, VLMError
@@ -27,16 +22,15 @@ from vlm.llm.context import VISION
 from vlm.loading import text_config
 from vlm.processor import IGNORE, Row, load_tokenizer, placeholder_id
 from vlm.prompt import TEMPLATES, Prompt
-from vlm.registry import Registry
 from vlm.train import cost
 from vlm.train.config import RunSpec, StageSpec
 from vlm.train.engine import deepspeed_config, precision_of
+from vlm.train.findings import Report, Span, StageReport
 from vlm.train.forms import model_at, sources_of, stage_mixture
-from vlm.train.ledger import print_ledger
-from vlm.train.optim import Group, rates
+from vlm.train.optim import rates
 from vlm.weights.files import find_folder
 
-__all__ = ["Parts", "Report", "StageReport", "check_run", "parts_table"]
+__all__ = ["check_run"]
 
 HEADERS = 1000
 """Pictures per source whose headers are read, unless everything is asked for."""
@@ -44,117 +38,6 @@ SECONDS, QUICK_SECONDS = 120.0, 30.0
 """Time after which rows are no longer measured: of `vlm check`, and at the start of training. Records are read, and new forms of conversation rendered, however long it takes."""
 SHOWN = 3
 """Rendered samples per stage."""
-
-Span = tuple[str, bool]
-"""Text of a rendered row, and whether it is supervised."""
-
-
-# ---- the report ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class StageReport:
-    """One stage.
-
-    groups: the ledger. picture_tokens: of a picture of the encoder's own size. picture_range: least and most over the pictures seen. length: steps, samples, epochs.
-    counted: what happens to samples, and how often. breaks: equalities that the adaptations give up. rendered: rows as they are trained on.
-    """
-
-    name: str
-    groups: list[Group] = field(default_factory=list)
-    picture_tokens: int | None = None
-    picture_range: tuple[int, int] | None = None
-    batch: str | None = None
-    length: cost.Length | None = None
-    counted: dict[str, int] = field(default_factory=dict)
-    breaks: list[str] = field(default_factory=list)
-    rendered: list[list[Span]] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        return sum(group.count for group in self.groups)
-
-    @property
-    def trainable(self) -> int:
-        return sum(group.count for group in self.groups if group.rate is not None)
-
-
-@dataclass
-class Report:
-    """What `check_run` found. problems: each keeps the run from training as it is written. exports: family -> public class, or why not."""
-
-    name: str
-    stages: list[StageReport] = field(default_factory=list)
-    problems: list[VLMError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    not_checked: list[str] = field(default_factory=list)
-    parts: dict[str, str] = field(default_factory=dict)
-    exports: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
-
-    def stop(self) -> None:
-        """Raises ConfigurationProblems with everything that was found; nothing where there are no problems."""
-        if self.problems:
-            raise ConfigurationProblems(cast("list[ConfigurationError]", self.problems), self.name)
-
-    def print(self, console: Console | None = None) -> None:
-        """For a terminal: supervised text in colour; elsewhere it stands in [[...]]."""
-        console = console or Console()
-        for name, text in self.parts.items():
-            console.print(Text(f"{name}: {text}"), soft_wrap=True)
-        for stage in self.stages:
-            _print_stage(stage, console)
-        for family, text in self.exports.items():
-            console.print(Text(f"vlm export --to {family}: {text}"), soft_wrap=True)
-        for title, style, lines in (("not checked", "cyan", self.not_checked), ("warning", "yellow", self.warnings), ("problem", "bold red", map(str, self.problems))):
-            for line in lines:
-                console.print(Text(f"{title}: ", style=style).append(line, style="default"), soft_wrap=True)
-        count = len(self.problems)
-        console.print(Text(f"{self.name}: {count or 'no'} {'problem' if count == 1 else 'problems'}", style="bold red" if count else "bold green"))
-
-    def _add(self, problem: VLMError) -> None:
-        if str(problem) not in map(str, self.problems):
-            self.problems.append(problem)
-
-    def _leave(self, line: str) -> None:
-        if line not in self.not_checked:
-            self.not_checked.append(line)
-
-
-def _print_stage(stage: StageReport, console: Console) -> None:
-    console.print()
-    if stage.groups:
-        print_ledger(stage.groups, console, f"stage {stage.name}")
-    else:
-        console.print(Text(f"stage {stage.name}"))
-    for line in _facts(stage):
-        console.print(Text(f"  {line}"), soft_wrap=True)
-    for number, spans in enumerate(stage.rendered, 1):
-        text = Text().append(f"  sample {number}, what is learned {'in green' if console.is_terminal else 'in [[ ]]'}:\n", "dim")
-        for part, supervised in spans:
-            text.append(part if console.is_terminal else f"[[{part}]]" if supervised else part, style="bold green" if supervised else "default")
-        console.print(text, soft_wrap=True)
-
-
-def _facts(stage: StageReport) -> Iterator[str]:
-    if stage.groups:
-        yield f"parameters: {stage.total:,}, {stage.trainable:,} trained"
-    if stage.picture_tokens is not None:
-        low, high = stage.picture_range or (stage.picture_tokens,) * 2
-        yield f"pictures: {stage.picture_tokens:,} tokens each" + (f", {low:,} to {high:,} in the data" if {low, high} != {stage.picture_tokens} else "")
-    if stage.batch:
-        yield f"batch: {stage.batch}"
-    if stage.length:
-        numbers = (("steps", stage.length.steps), ("samples", stage.length.samples), ("epochs", stage.length.epochs))
-        yield "length: " + ", ".join(f"{value:,.4g} {name}" if isinstance(value, float) else f"{value:,} {name}" for name, value in numbers if value is not None)
-    yield from (f"{count:,} samples of {note}" for note, count in stage.counted.items())
-    yield from (f"does not hold: {text}" for text in stage.breaks)
-
-
-# ---- checking ------------------------------------------------------------------------------------------------------------
 
 
 def check_run(run: RunSpec, *, everything: bool = False, quick: bool = False) -> Report:
@@ -534,47 +417,3 @@ def _spans(row: Row, tokenizer: Any) -> list[Span]:
         whole = tokenizer.decode(text, skip_special_tokens=False)
         spans.append((whole.removeprefix(before), supervised))
     return spans
-
-
-# ---- parts and configurations --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Parts:
-    """What `vlm list` prints: title -> rows of name and one line."""
-
-    tables: dict[str, list[tuple[str, str]]]
-
-    def print(self, console: Console | None = None) -> None:
-        console = console or Console()
-        for title, rows in self.tables.items():
-            table = Table(title=title, title_justify="left", show_header=False)
-            for name, line in rows:
-                table.add_row(Text(name), Text(line))
-            console.print(table if rows else Text(f"{title}: none yet"))
-
-
-def parts_table() -> Parts:
-    """Registered parts of every axis with what their docstring says first, prompts, and the configurations of every group with their first comment line."""
-    from vlm import connectors, data, encoders, llm, objectives
-
-    axes: list[Registry] = [encoders.registry, connectors.registry, llm.registry, objectives.registry, data.readers]
-    tables = {f"{axis.axis}s": [(name, _told(axis, name)) for name in axis.names()] for axis in axes}
-    tables["prompts"] = [(name, f"needs {', '.join(template.needs)}" if template.needs else "for any tokenizer with an end token") for name, template in TEMPLATES.items()]
-    tables["prompts"].append(("tokenizer", "the tokenizer's own chat template"))
-    for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir()):
-        files = sorted(folder.glob("*.yaml"))
-        if files:
-            tables[f"configs/{folder.name}"] = [(file.stem, _first_line(file.read_text(encoding="utf-8")).lstrip("# ")) for file in files]
-    return Parts(tables)
-
-
-def _told(axis: Registry, name: str) -> str:
-    """First line about a part: of its file, where it has one of its own, else of its class."""
-    spec = axis.get(name)
-    text = (sys.modules[spec.__module__] if spec.__module__ == f"{axis.package}.{name}" else spec).__doc__ or ""
-    return "" if text.startswith(f"{spec.__name__}(") else _first_line(text)  # what a dataclass writes for want of a docstring
-
-
-def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")

@@ -117,7 +117,7 @@ def export_command(
 @app.command("list")
 def list_command() -> None:
     """All parts and configurations."""
-    from vlm.train.check import parts_table
+    from vlm.train.parts import parts_table
 
     parts_table().print()
 

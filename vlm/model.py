@@ -224,9 +224,9 @@ class VLM(PreTrainedModel, GenerationMixin):
         mask = torch.ones_like(input_ids) if mask is None else mask
         common: dict[str, Any] = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "mm_token_type_ids": types, **kwargs}
         if kwargs.get("use_cache", True) is False:
-            whole = GenerationMixin.generate(cast(Any, self), input_ids=input_ids, images=images, **common)
+            whole = GenerationMixin.generate(cast(Any, self), input_ids=input_ids, images=images, **common)  # type: ignore[attr-defined]
             return whole[:, input_ids.shape[1] :] if isinstance(whole, Tensor) else whole
-        return GenerationMixin.generate(cast(Any, self), inputs_embeds=self.embed(input_ids, types == 1, images), **common)
+        return GenerationMixin.generate(cast(Any, self), inputs_embeds=self.embed(input_ids, types == 1, images), **common)  # type: ignore[attr-defined]
 
     # ---- what transformers asks of a model -----------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vlm.errors import ConfigurationError
+from vlm.errors import ConfigurationError, VLMError
 from vlm.registry import Registry
 
 __all__ = ["FAILED", "REMOVED", "ConfigurationProblems", "Keys", "Mark", "Report", "Slot", "build", "from_plain", "nearest", "number", "to_plain"]
@@ -26,9 +26,9 @@ LANGUAGE: Mapping[str, Mapping[str, Any]] = {
 
 
 class ConfigurationProblems(ConfigurationError):
-    """Everything that is wrong with a configuration. problems: one ConfigurationError each, in the order in which they were found."""
+    """Everything that is wrong with a configuration and what it names. problems: one error each, in the order in which they were found."""
 
-    def __init__(self, problems: Sequence[ConfigurationError], where: str):
+    def __init__(self, problems: Sequence[VLMError], where: str):
         self.problems, self.where = list(problems), where
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         super().__init__("\n".join([f"{count} in {where}", *(f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1))]))

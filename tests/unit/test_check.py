@@ -27,9 +27,10 @@ from vlm.llm.base import AdaptationSpec
 from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.train import check as checks
 from vlm.train import cost
-from vlm.train.check import Report, parts_table
 from vlm.train.check import check_run as check
 from vlm.train.config import RunSpec
+from vlm.train.findings import Report
+from vlm.train.parts import parts_table
 
 TALK = [{"from": "human", "value": "q1"}, {"from": "gpt", "value": "a1"}]
 SEEN = [{"from": "human", "value": "<image>\nq1"}, {"from": "gpt", "value": "a1"}]
