@@ -117,11 +117,11 @@ class _Stage:
 
     def _model(self, fresh: bool) -> VLM:
         torch.manual_seed(_seed(self.run.seed, self.index, 0))
-        token = self.processor.image_token_id
+        token, vocabulary = self.processor.image_token_id, self.processor.vocabulary
         if not fresh:
-            return build(form(self.spec, token), self.config)
+            return build(form(self.spec, token, vocabulary), self.config)
         if self.index == 0:
-            return first_model(self.spec, token, self.config)
+            return first_model(self.spec, token, self.config, vocabulary)
         before = list(self.run.stages)[self.index - 1]
         model = saved_model(self.folder / "stages" / before, self.config)
         for name, adaptation in self.spec.adapt.items():

@@ -119,21 +119,21 @@ def build(config: Any, zero: Mapping[str, Any] | None = None) -> "VLM":
     return model
 
 
-def form(spec: ModelSpec, image_token_id: int) -> Any:
-    """config.json of a model: the parts, and the decoder's numbers with room for the placeholder. A padded vocabulary keeps its size."""
+def form(spec: ModelSpec, image_token_id: int, vocabulary: int = 0) -> Any:
+    """config.json of a model: the parts, and the decoder's numbers with room for the placeholder and the tokenizer's `vocabulary`. A padded vocabulary keeps its size."""
     from vlm.configuration import VLMConfig
 
     numbers = text_config(spec)
-    numbers.vocab_size = max(numbers.vocab_size, image_token_id + 1)
+    numbers.vocab_size = max(numbers.vocab_size, image_token_id + 1, vocabulary)
     return VLMConfig.of(spec, numbers, image_token_id)
 
 
-def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | None = None) -> "VLM":
+def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | None = None, vocabulary: int = 0) -> "VLM":
     """A model at the start of its first stage: the encoder's and the decoder's weights loaded or drawn, the connector initialised from the encoder, adaptations built and initialised.
 
     Draws from torch's default generator in a fixed order: the same values at every ZeRO stage and number of ranks.
     """
-    model = build(form(replace(spec, adapt={}), image_token_id), zero)
+    model = build(form(replace(spec, adapt={}), image_token_id, vocabulary), zero)
     _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key)
     for part in model.parts():
         first_values(part, partial(part.initialise, model.encoder), reads=model.encoder)

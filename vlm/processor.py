@@ -190,7 +190,8 @@ class VLMProcessor:
                 cure="leave `independent` away, or choose another prompt",
             )
         trunk = Encoded(pairs[0].ids[:common], [False] * common, tuple(dict.fromkeys(note for pair in pairs for note in pair.notes)))
-        return [trunk, *(Encoded(pair.ids[common:], [False, *pair.supervised[common + 1 :]]) for pair in pairs)]
+        ends = [len(pair.ids) - pair.supervised[::-1].index(True) if any(pair.supervised) else len(pair.ids) for pair in pairs]  # nothing reads what stands behind the answer of a branch
+        return [trunk, *(Encoded(pair.ids[common:end], [False, *pair.supervised[common + 1 : end]]) for pair, end in zip(pairs, ends, strict=True))]
 
     def _expand(self, sample: Sample, parts: Sequence[Encoded], images: Sequence[ImageInput]) -> Row:
         row = Row(sample.id, sample.source, [], [], [], [], [], [], list(images), sample.notes + parts[0].notes)
@@ -259,6 +260,11 @@ class VLMProcessor:
     def pad_id(self) -> int:
         """What fills rows; padding is told by position, never by this id."""
         return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)  # type: ignore[arg-type]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding that the tokenizer needs: its largest id and one."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     # ---- files ---------------------------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class PlainText:
         self.ids = lru_cache(maxsize=4096)(self._ids)
 
     def _ids(self, text: str, start: bool) -> tuple[int, ...]:
-        """Ids of `text`; start: it stands at the very beginning of the row."""
+        """Ids of `text`; start: it stands at the very beginning of the row, behind the start token at most (Llama: `<s>`, then the text with its mark)."""
         cuts = [0, *(found.start() + 1 for found in self._whole.finditer(text)), len(text)]
         return tuple(index for begin, end in pairwise(cuts) for index in self._piece(text[begin:end], start and begin == 0))
 
@@ -283,7 +283,7 @@ class Prompt:
             elif piece.kind == "control":
                 new = (self.text.control[piece.text],)
             else:
-                new = self.text.ids(piece.text, not ids)
+                new = self.text.ids(piece.text, ids in ([], [self.tokenizer.bos_token_id]))
             ids.extend(new)
             supervised.extend([piece.supervised] * len(new))
         return Encoded(ids, supervised, notes)

@@ -237,7 +237,7 @@ def test_template_renders_what_training_shows(name: str, talk: str):
     as_strings = [{"role": t.role, "content": "".join(p if isinstance(p, str) else "<image>" for p in t.parts)} for t in TALKS[talk]]
     for messages in (as_lists, as_strings):
         text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
-        assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+        assert llava._tokenizer(tokenizer, llava._starts(prompt))(text)["input_ids"] == expected
 
 
 # ---- refusals and files --------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def test_an_answer_is_learned_with_its_end_mark_behind_its_inference_prompt(use:
 def test_a_row_reads_as_its_template_says(kind: str) -> None:
     used = prompt("vicuna_v1", tiny.tokenizer(kind, bos="<s>"), system="Be brief.")
     row = used.encode((user(Picture(""), "\nWhat?"), says("red"), user("Why?"), says("so")))
-    assert shown(used.tokenizer, row.ids) == "<s>Be brief. USER: \nWhat? ASSISTANT: red<|im_end|>USER: Why? ASSISTANT: so<|im_end|>"
+    mark = "" if kind == "byte_level" else " "  # what the tokenizer puts in front of a text
+    assert shown(used.tokenizer, row.ids) == f"<s>{mark}Be brief. USER: \nWhat? ASSISTANT: red<|im_end|>USER: Why? ASSISTANT: so<|im_end|>"
     own = prompt("tokenizer", tiny.tokenizer(kind, bos="<s>", chat=GEMMA))
     assert shown(own.tokenizer, own.encode((user("q"), says("a"))).ids) == "<s><|im_start|>user\nq<|im_end|>\n<|im_start|>model\na<|im_end|>\n"
     plain = prompt("plain", tiny.tokenizer(kind))
@@ -115,7 +116,7 @@ def test_a_row_that_begins_with_text_begins_as_the_tokenizer_has_it() -> None:
     row = prompt("vicuna_v1", tokenizer, system="a b").encode((user("q"), says("a")))
     assert tokenizer.convert_ids_to_tokens(row.ids[0]).startswith("▁")  # type: ignore[union-attr]
     behind = prompt("vicuna_v1", tiny.tokenizer("metaspace_first", bos="<s>"), system="a b").encode((user("q"), says("a")))
-    assert not tokenizer.convert_ids_to_tokens(behind.ids[1]).startswith("▁")  # type: ignore[union-attr]
+    assert tokenizer.convert_ids_to_tokens(behind.ids[1]).startswith("▁")  # type: ignore[union-attr]  # `<s>` and then the text, as Llama's tokenizer writes it
 
 
 def test_only_supervised_answers_are_learned() -> None:

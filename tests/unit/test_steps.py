@@ -48,7 +48,9 @@ class HeadOnly(nn.Module):
         self.head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.head.weight.data.copy_(weight)
         adapt_head(self.head, SimpleNamespace(vocab_size=len(weight)))
-        self.llm = SimpleNamespace(get_output_embeddings=lambda: self.head)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def forward(self, hidden: Tensor, labels: Tensor) -> VLMOutput:
         result = VLMOutput(context=SimpleNamespace(losses={}))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.config import ModelSpec
+from vlm.data.sample import Turn
 from vlm.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _processor(processor: "VLMProcessor") -> Any:
     from transformers import LlavaProcessor
 
     encoder: Any = processor.model.encoder
-    tokenizer = _tokenizer(processor.tokenizer)
+    tokenizer = _tokenizer(processor.tokenizer, _starts(processor.prompt))
     tokenizer.chat_template = chat_template(processor.prompt)
     return LlavaProcessor(
         image_processor=_image_processor(processor),
@@ -190,8 +191,8 @@ def _image_processor(processor: "VLMProcessor") -> Any:
     return CLIPImageProcessorPil(**settings) if shape == "crop" else SiglipImageProcessorPil(**settings)
 
 
-def _tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer that reads a rendered conversation as training does: it adds no token of its own (the template writes the first one) and no word mark behind a control token."""
+def _tokenizer(tokenizer: Any, starts: bool) -> Any:
+    """A tokenizer that reads a rendered conversation as training does: it puts the start token in front where the prompt has one, and no word mark behind a control token."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -202,12 +203,31 @@ def _tokenizer(tokenizer: Any) -> Any:
             cure="convert it, and train with the converted one",
         )
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["post_processor"] = content["truncation"] = content["padding"] = None
+    content["post_processor"] = _start_token(tokenizer) if starts else None
+    content["truncation"] = content["padding"] = None
     _mark_first_word_only(content)
     names = {name: str(value) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := getattr(tokenizer, name)) is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), clean_up_tokenization_spaces=False, padding_side="left", model_max_length=tokenizer.model_max_length, **names
     )
+
+
+def _start_token(tokenizer: Any) -> dict[str, Any]:
+    """The step of the tokenizers library that writes the start token."""
+    token, first = str(tokenizer.bos_token), {"id": "A", "type_id": 0}
+    start = {"SpecialToken": {"id": token, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, {"Sequence": first}],
+        "pair": [start, {"Sequence": first}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {token: {"id": token, "ids": [tokenizer.bos_token_id], "tokens": [token]}},
+    }
+
+
+def _starts(prompt: "Prompt") -> bool:
+    """Whether rows of this prompt begin with the start token. The exported tokenizer writes it, so that what follows has the word mark of a text's beginning, as in training."""
+    encoded = prompt.encode((Turn("user", ("q",)), Turn("assistant", ("a",), supervised=True)))
+    return prompt.tokenizer.bos_token_id is not None and encoded.ids[0] == prompt.tokenizer.bos_token_id
 
 
 def _mark_first_word_only(content: dict[str, Any]) -> None:
@@ -262,6 +282,8 @@ def chat_template(prompt: "Prompt") -> str:
             preamble += _FOLD
         if system:
             preamble += _SYSTEM.replace("SYSTEM", json.dumps(system, ensure_ascii=False))  # JSON's escapes are Jinja's
+    if _starts(prompt):
+        preamble += "{%- set bos_token = '' -%}\n"
     if "strftime_now" in template.chat:
         preamble += _NO_DATE  # training shows no date
     # The line break behind the last tag is eaten by trim_blocks, under which transformers and we render.
