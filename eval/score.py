@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vlm.data.sample import Picture, Sample, Turn
+from vlm.processor import pictures_in_front
 
 __all__ = ["MATCHER", "WITHOUT_KIND", "Question", "matches", "normal", "questions", "shares"]
 
@@ -25,23 +26,24 @@ def questions(sample: Sample) -> list[Question]:
     """Every question of a sample that has an answer, alone: behind the system turn, with the pictures shown up to it, as training writes independent questions."""
     head = tuple(turn for turn in sample.turns if turn.role == "system")
     talk = [turn for turn in sample.turns if turn.role != "system"]
-    first = next((turn.text for turn in talk if turn.role == "user"), "")
-    line_break = first[: len(first) - len(first.lstrip("\n"))]
+    shared = pictures_in_front(talk[0]) if talk else ()
     found: list[Question] = []
     seen: tuple[Picture, ...] = ()
     for asked, answer in zip(talk, [*talk[1:], None], strict=True):
         if asked.role == "user" and answer is not None and answer.role == "assistant":
-            alone = Sample(f"{sample.id}#{len(found)}", (*head, Turn("user", _with(seen, line_break, asked))), sample.source, sample.where)
+            alone = Sample(f"{sample.id}#{len(found)}", (*head, Turn("user", _with(seen, shared, asked))), sample.source, sample.where)
             found.append(Question(alone, asked.text.strip(), answer.text, answer.kind or asked.kind or WITHOUT_KIND))
         seen += tuple(part for part in asked.parts if isinstance(part, Picture))
     return found
 
 
-def _with(pictures: tuple[Picture, ...], line_break: str, asked: Turn) -> tuple[str | Picture, ...]:
-    if not pictures:
+def _with(seen: tuple[Picture, ...], shared: tuple[str | Picture, ...], asked: Turn) -> tuple[str | Picture, ...]:
+    """The question behind the pictures seen before: as the first question begins with them, others behind."""
+    if not seen:
         return asked.parts
+    front = (*shared, *seen[sum(isinstance(part, Picture) for part in shared) :])
     head, *rest = asked.parts
-    return (*pictures, line_break, head.lstrip("\n") if isinstance(head, str) else head, *rest)
+    return (*front, head.lstrip("\n") if isinstance(head, str) else head, *rest)
 
 
 def normal(answer: str) -> str:

@@ -3,7 +3,6 @@
 import json
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,3 @@ def draw_curve(folder: Path) -> Path | None:
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=120)
     return target
-
-
-def now() -> float:
-    return time.perf_counter()

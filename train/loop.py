@@ -32,7 +32,6 @@ def run_steps(
     total_before: int,
     count: int,
     sources: tuple[str, ...],
-    dtype: torch.dtype,
     log: Log,
     folder: Path,
     after: Callable[[int], None],
@@ -45,7 +44,7 @@ def run_steps(
         before = time.perf_counter()
         for step in steps:
             fetched = time.perf_counter()
-            record = one_step(engine, step, stage, count, sources, dtype)
+            record = one_step(engine, step, stage, count, sources)
             write_skipped(folder, name, step.number + 1, step.skipped)
             done = time.perf_counter()
             head = {"stage": name, "step": step.number + 1, "total": total_before + step.number + 1}
@@ -56,7 +55,7 @@ def run_steps(
         log.end()
 
 
-def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: tuple[str, ...], dtype: torch.dtype) -> dict[str, Any]:
+def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: tuple[str, ...]) -> dict[str, Any]:
     """One optimizer update. The loss is summed over the step's supervised tokens and divided by their number over all ranks and micro-batches. Returns what is written down."""
     micro_batches = step.micro_batches
     counts = engine.sum([float(sum(micro.supervised for micro in micro_batches)), *(float(sum(micro.units[unit] for micro in micro_batches)) for unit in UNITS)])
@@ -69,7 +68,7 @@ def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: 
     modality = {"vision": 0.0, "text": 0.0}
     auxiliary: dict[str, float] = {}
     for micro in micro_batches:
-        output = engine.forward(micro.to(engine.device, dtype))
+        output = engine.forward(micro.to(engine.device))
         loss = output.loss_sum / supervised
         for (part, _), extra in output.auxiliary.items():
             term = extra.coefficient * extra.sum / max(1.0, units[extra.unit])

@@ -2,29 +2,22 @@
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
-from vlm.composition import resolved
-from vlm.errors import ConfigurationError
 from vlm.generate import prepare
 from vlm.initial import gathered
-from vlm.loading import build, first_model, form, saved_model
+from vlm.loading import build, first_model, form, read_generation, saved_model
 from vlm.model import VLM
 from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.train import checkpoint
 from vlm.train.check import check_run
 from vlm.train.config import RunSpec
 from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
+from vlm.train.folder import absolute, fingerprint, open_folder, run_folder, steps_of, write_export
 from vlm.train.forms import model_at, sources_of, stage_mixture
 from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
 from vlm.train.log import Log, draw_curve
@@ -32,11 +25,7 @@ from vlm.train.loop import run_steps, write_skipped
 from vlm.train.optim import adamw, plan
 from vlm.train.steps import StepData, accumulation, loader
 
-__all__ = ["fit", "run_folder"]
-
-
-def run_folder(run: RunSpec) -> Path:
-    return Path(run.runs) / run.name
+__all__ = ["fit"]
 
 
 def fit(run: RunSpec, *, resume: bool = False) -> Path:
@@ -47,7 +36,10 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
     rank, ranks, device = connect()
     folder = run_folder(run)
     warnings = check_run(run, quick=True).warnings if rank == 0 else []
-    _open_folder(run, folder, resume, rank)
+    run = absolute(run)
+    if rank == 0:
+        open_folder(run, folder, resume)
+    dist.barrier()
     log = Log(folder, rank, run.log_every)
     for warning in warnings:
         log.console.print(f"warning: {warning}")
@@ -56,7 +48,7 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
             if not (folder / "stages" / name).is_dir():
                 _Stage(run, index, folder, rank, ranks, device, log).train()
         if rank == 0:
-            _export(folder, list(run.stages)[-1])
+            write_export(folder, list(run.stages)[-1])
             draw_curve(folder)
         dist.barrier()
         log.console.print(f"finished: {folder}\n  vlm eval {folder}    vlm chat {folder}    vlm export {folder} --to llava")
@@ -71,7 +63,7 @@ class _Stage:
     def __init__(self, run: RunSpec, index: int, folder: Path, rank: int, ranks: int, device: torch.device, log: Log):
         self.run, self.index, self.folder, self.rank, self.device, self.log = run, index, folder, rank, device, log
         self.name, self.stage = list(run.stages.items())[index]
-        self.fingerprint = checkpoint.tree_hash({key: value for key, value in resolved(run).items() if key in ("model", "stages", "data", "seed")})
+        self.fingerprint = fingerprint(run)
         self.zero = int(self.stage.deepspeed.get("zero_optimization", {}).get("stage", 0))
         self.dtype = precision_of(run.precision, device, self.zero)
         self.config = deepspeed_config(self.stage, accumulation(self.stage.batch, self.stage.micro_batch, ranks), self.dtype)
@@ -99,6 +91,7 @@ class _Stage:
         if position is not None and position.stage != self.index:
             position = None
         model = self._model(fresh=position is None)
+        torch.nn.Module.to(model, self.device)
         groups = plan(dict(model.named_parameters()), model.groups(), self.stage.train, self.stage.optimizer, model.unused())
         optimizer = adamw(groups, self.stage.optimizer)
         if self.stage.checkpointing:
@@ -107,7 +100,6 @@ class _Stage:
             print_ledger(groups, self.log.console, f"stage {self.name}: {len(self.data)} steps of {self.stage.batch} samples, ZeRO {self.zero}, {self.dtype}")
             (self.folder / f"ledger-{self.name}.json").write_text(json.dumps(ledger_rows(groups), indent=1), encoding="utf-8")
         check_ledger(groups, model, optimizer)
-        torch.nn.Module.to(model, self.device)
         engine = Engine(model, optimizer, self.config, self.device)
         torch.manual_seed(_seed(self.run.seed, self.index, self.rank + 1))
         if position is not None and found is not None:
@@ -116,6 +108,11 @@ class _Stage:
         self._save(model)
 
     def _model(self, fresh: bool) -> VLM:
+        model = self._built(fresh)
+        read_generation(model, self.run.model.llm)
+        return model
+
+    def _built(self, fresh: bool) -> VLM:
         torch.manual_seed(_seed(self.run.seed, self.index, 0))
         token, vocabulary = self.processor.image_token_id, self.processor.vocabulary
         if not fresh:
@@ -124,13 +121,11 @@ class _Stage:
             return first_model(self.spec, token, self.config, vocabulary)
         before = list(self.run.stages)[self.index - 1]
         model = saved_model(self.folder / "stages" / before, self.config)
-        for name, adaptation in self.spec.adapt.items():
-            if adaptation.since == self.name:
-                model.add(name, adaptation)
+        model.add_all({name: adaptation for name, adaptation in self.spec.adapt.items() if adaptation.since == self.name})
         return model
 
     def _steps(self, engine: Engine, start: int) -> None:
-        before = sum(len(self._mixture_of(index)) for index in range(self.index))
+        before = sum(steps_of(self.folder, name) for name in list(self.run.stages)[: self.index])
         count, save = len(self.data), self.run.save
         self.log.rewind(before + start)
 
@@ -141,13 +136,8 @@ class _Stage:
 
         steps = loader(self.data, start, self.run.workers)
         run_steps(
-            engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, sources=sources_of(self.stage),
-            dtype=self.dtype, log=self.log, folder=self.folder, after=after,
+            engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, sources=sources_of(self.stage), log=self.log, folder=self.folder, after=after,
         )  # fmt: skip
-
-    def _mixture_of(self, index: int) -> range:
-        stage = list(self.run.stages.values())[index]
-        return range(stage_mixture(self.run, index, {name: len(self.run.data[name].open()) for name in sources_of(stage)}).steps)
 
     def _save(self, model: VLM) -> None:
         """stages/NAME: weights, configuration, processor; complete or not there."""
@@ -160,6 +150,7 @@ class _Stage:
             prepare(model, self.processor)
             model.save_pretrained(partial, state_dict=tensors)
             self.processor.save_pretrained(partial)
+            (partial / "stage.json").write_text(json.dumps({"stage": self.name, "steps": len(self.data)}), encoding="utf-8")
             os.replace(partial, final)
         dist.barrier()
 
@@ -181,63 +172,3 @@ def _whole_tensors(model: VLM) -> dict[str, torch.Tensor]:
 def _seed(seed: int, stage: int, stream: int) -> int:
     """Distinct seeds for every stage and stream: 0 draws first values, the same on all ranks; 1 + rank is the stream of a rank's dropout."""
     return (seed * 1_000_003 + stage * 10_007 + stream) % 2**31
-
-
-# ---- the run's folder ----------------------------------------------------------------------------------------------------
-
-
-def _open_folder(run: RunSpec, folder: Path, resume: bool, rank: int) -> None:
-    exists = (folder / "config.yaml").is_file()
-    dist.barrier()
-    if exists and not resume:
-        raise ConfigurationError(f"the run folder {folder} exists already", cure="add --resume to go on, or give the run another name (name=NAME)")
-    if exists or rank:
-        dist.barrier()
-        return
-    (folder / "resume").mkdir(parents=True, exist_ok=True)
-    (folder / "environment.json").write_text(json.dumps(_environment(), indent=1), encoding="utf-8")
-    (folder / "manifest.json").write_text(json.dumps(_manifest(run), indent=1), encoding="utf-8")
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(run), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    dist.barrier()
-
-
-def _environment() -> dict[str, Any]:
-    versions: dict[str, str] = {}
-    for package in ("vlm", "torch", "transformers", "tokenizers", "peft", "deepspeed", "safetensors", "omegaconf", "numpy", "pillow", "datasets", "webdataset"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "commit": commit,
-        "devices": devices,
-        "ranks": dist.get_world_size(),
-        "command": sys.argv,
-    }
-
-
-def _manifest(run: RunSpec) -> dict[str, Any]:
-    """Which data in which order: files, hashes, sizes, the seed of the order."""
-    used = dict.fromkeys(source for stage in run.stages.values() for source in sources_of(stage))
-    readers = {name: run.data[name].open() for name in used}
-    return {"seed": run.seed, "sources": {name: {"file": run.data[name].file, "sha256": reader.file_hash(), "samples": len(reader)} for name, reader in readers.items()}}
-
-
-def _export(folder: Path, last: str) -> None:
-    """export/ is the last stage's folder under its public name; hard links where the disk has them."""
-    final, partial = folder / "export", folder / ".partial-export"
-    if final.exists():
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(folder / "stages" / last, partial, copy_function=os.link)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(folder / "stages" / last, partial)
-    os.replace(partial, final)

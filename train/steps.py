@@ -34,12 +34,9 @@ class MicroBatch:
     sources: list[str]
     modalities: list[str]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """The inputs on the device; pictures in the model's dtype."""
-        return {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else [image.to(device, dtype) for image in value] if name == "images" else value
-            for name, value in self.inputs.items()
-        }
+    def to(self, device: torch.device) -> dict[str, Any]:
+        """The inputs on the device; the model moves its pictures itself."""
+        return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in self.inputs.items()}
 
 
 @dataclass

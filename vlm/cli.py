@@ -94,10 +94,13 @@ def chat_command(
     prompt: Annotated[str | None, typer.Option(help="One question; without it a conversation begins.")] = None,
 ) -> None:
     """Talk to a run's model. Example: vlm chat runs/demo --image cat.png"""
+    import torch
+
     from vlm.chat import converse
     from vlm.loading import load
 
     model, processor = load(run)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     converse(model, processor, images=image or [], prompt=prompt)
 
 
@@ -124,21 +127,22 @@ def list_command() -> None:
 
 @app.command("demo")
 def demo_command(
-    folder: Annotated[Path, typer.Option(help="Where the scenes go.")] = Path("demo_data"),
-    seed: int = 0,
-    name: str = "demo",
     overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(help="Of the scenes, the first values and the order; each has a run of its own.")] = 0,
+    folder: Annotated[Path | None, typer.Option(help="Where the scenes go; default demo_data, demo_data-SEED.")] = None,
 ) -> None:
-    """The whole way on a laptop: make scenes, train two stages, evaluate, ask about a held-out picture, export. Example: vlm demo"""
+    """The whole way on a laptop: make scenes, train two stages, evaluate, ask about a held-out picture, export. Goes on where it stopped. Example: vlm demo"""
     import vlm
     from vlm.chat import converse
     from vlm.data.scenes import write_scenes
     from vlm.weights.export import export_run
 
+    folder = folder or Path(f"demo_data-{seed}" if seed else "demo_data")
     if not (folder / "heldout.json").is_file():
         typer.echo(f"drawing scenes into {folder}")
         write_scenes(folder, seed=seed)
-    run = vlm.fit(vlm.compose("demo", f"data_root={folder}", f"seed={seed}", f"name={name}", *(overrides or [])))
+    composed = vlm.compose("demo", f"data_root={folder}", f"seed={seed}", f"name={f'demo-{seed}' if seed else 'demo'}", *(overrides or []))
+    run = vlm.fit(composed, resume=(Path(composed.runs) / composed.name / "config.yaml").is_file())
     vlm.evaluate(run)
     model, processor = vlm.load(run)
     sample = vlm.compose("demo", f"data_root={folder}").data["heldout"].open()[0]

@@ -16,14 +16,13 @@ class LLMSpec:
     """The decoder: any Hugging Face causal LM.
 
     path: local folder or cached hub snapshot with weights, config.json and tokenizer. config: architecture numbers (`model_type` and the fields of its transformers config), so that
-    checking needs no folder. weights: "path" loads them, "random" draws. tokenizer: a folder, where it is not the one beside the weights. dtype: of the stored weights, None keeps it.
+    checking needs no folder. weights: "path" loads them, "random" draws. tokenizer: a folder, where it is not the one beside the weights.
     """
 
     path: str | None = None
     config: Mapping[str, Any] | None = None
     weights: Literal["path", "random"] = "path"
     tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,6 +153,9 @@ class HeldPicture(Picture):
 
     data: bytes = b""
 
+    def length(self) -> int:
+        return len(self.data)
+
     def read(self) -> bytes:
         return self.data
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlm.config import ModelSpec
+from vlm.config import LLMSpec, ModelSpec
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.initial import draw, first_values, gathered
 from vlm.weights.files import find_folder, read_tensors
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["build", "first_model", "form", "load", "load_tensors", "saved_model", "text_config"]
+__all__ = ["build", "first_model", "form", "load", "load_tensors", "read_generation", "saved_model", "text_config"]
 
 _DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias|position_ids)$")
 """Buffers that old files carry and modules compute by themselves."""
@@ -137,22 +137,23 @@ def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | 
     _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key)
     for part in model.parts():
         first_values(part, partial(part.initialise, model.encoder), reads=model.encoder)
-    vocabulary = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())]
-    grow = [name for name, parameter in model.llm.named_parameters(remove_duplicate=False) if any(parameter is weight for weight in vocabulary)]
+    tables = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    grow = [name for name, parameter in model.llm.named_parameters(remove_duplicate=False) if any(parameter is table for table in tables)]
     _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), lambda name: name, grow)
-    if spec.llm.weights == "path" and spec.llm.path is not None:
-        _read_generation(model, find_folder(spec.llm.path))
-    for name, adaptation in spec.adapt.items():
-        model.add(name, adaptation)
+    read_generation(model, spec.llm)
+    model.add_all(spec.adapt)
     return model
 
 
-def _read_generation(model: "VLM", folder: Path) -> None:
-    """How generation ends and what it never says, where a folder says so."""
+def read_generation(model: "VLM", llm: LLMSpec) -> None:
+    """End, start and padding ids that the decoder's folder names. Its sampling settings stay behind: answers are greedy unless somebody asks, and released files hold invalid ones."""
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if llm.weights != "path" or llm.path is None or not (file := find_folder(llm.path) / "generation_config.json").is_file():
+        return
+    written = json.loads(file.read_text(encoding="utf-8"))
+    model.generation_config = GenerationConfig(**{name: written.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    model.generation_config._from_model_config = False
 
 
 def _first_values(module: nn.Module, path: str | None, weights: str, drawing: Callable[[], None], key: Callable[[str], str | None], grow: Iterable[str] = ()) -> None:
@@ -170,7 +171,6 @@ def saved_model(folder: Path, zero: Mapping[str, Any] | None = None) -> "VLM":
 
     model = build(VLMConfig.from_pretrained(folder), zero)
     load_tensors(model, read_tensors(folder), source=str(folder))
-    _read_generation(model, folder)
     return model
 
 

@@ -1,6 +1,6 @@
 """The model: encoder -> connector -> splice -> decoder -> loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -56,7 +56,6 @@ class VLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _supports_flash_attn = True
     _supports_attention_backend = True
 
     def __init__(self, config: VLMConfig):
@@ -75,6 +74,7 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def see(self, images: Sequence[ImageInput]) -> Features:
         """Pictures -> packed features of the decoder's width. A frozen encoder runs without a graph."""
+        images = [image.to(self.device, self.dtype) for image in images]
         trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             features = self.encoder(images, self.reads)
@@ -249,6 +249,11 @@ class VLM(PreTrainedModel, GenerationMixin):
             adaptation.initialise(self.llm)
         self.config.adapt = {**self.config.adapt, name: to_plain(adaptation)}
         self.spec = self.config.spec()
+
+    def add_all(self, adaptations: Mapping[str, AdaptationSpec]) -> None:
+        """Add several, in the order in which a checkpoint's model is built."""
+        for name, adaptation in sorted(adaptations.items(), key=lambda item: item[1].place):
+            self.add(name, adaptation)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter of the model under one path: encoder..., connector.NAME..., llm...."""

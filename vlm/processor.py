@@ -16,12 +16,12 @@ from vlm.data.sample import Picture, Sample, Turn
 from vlm.encoders.base import Mode
 from vlm.errors import CheckpointError, DataError
 from vlm.features import ImageInput, TokenLayout
-from vlm.images import apply_policy, open_picture
+from vlm.images import LIMITS, apply_policy, open_picture
 from vlm.llm.context import TEXT, VISION
 from vlm.prompt import GIVEN_UP, PICTURE, Encoded, Prompt, PromptSpec
 from vlm.weights.files import find_folder
 
-__all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "load_tokenizer", "placeholder_id"]
+__all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "load_tokenizer", "pictures_in_front", "placeholder_id"]
 
 IGNORE = -100
 PLACEHOLDER = "<image>"
@@ -168,7 +168,7 @@ class VLMProcessor:
                 got=", ".join(turn.role for turn in talk) or "none",
                 cure="leave `independent` away",
             )
-        shared = _pictures_in_front(talk[0])
+        shared = pictures_in_front(talk[0])
         if sum(isinstance(part, Picture) for part in shared) != len(sample.pictures):
             raise DataError(
                 f"{_where(sample)}: independent questions must share the pictures, which stand in the first question",
@@ -190,7 +190,9 @@ class VLMProcessor:
                 cure="leave `independent` away, or choose another prompt",
             )
         trunk = Encoded(pairs[0].ids[:common], [False] * common, tuple(dict.fromkeys(note for pair in pairs for note in pair.notes)))
-        ends = [len(pair.ids) - pair.supervised[::-1].index(True) if any(pair.supervised) else len(pair.ids) for pair in pairs]  # nothing reads what stands behind the answer of a branch
+        ends = [
+            len(pair.ids) - pair.supervised[::-1].index(True) if any(pair.supervised) else len(pair.ids) for pair in pairs
+        ]  # nothing reads what stands behind the answer of a branch
         return [trunk, *(Encoded(pair.ids[common:end], [False, *pair.supervised[common + 1 : end]]) for pair, end in zip(pairs, ends, strict=True))]
 
     def _expand(self, sample: Sample, parts: Sequence[Encoded], images: Sequence[ImageInput]) -> Row:
@@ -296,7 +298,7 @@ def _where(sample: Sample) -> str:
     return sample.where or f"sample {sample.id!r}"
 
 
-def _pictures_in_front(question: Turn) -> tuple[str | Picture, ...]:
+def pictures_in_front(question: Turn) -> tuple[str | Picture, ...]:
     """The pictures that a question begins with, what is between them, and the line breaks behind: what every independent question gets."""
     shared: tuple[str | Picture, ...] = ()
     for place, part in enumerate(question.parts):
@@ -311,6 +313,9 @@ def _bytes(picture: Picture | bytes | str | Path, where: str) -> bytes:
         return picture
     source = Picture(str(picture)) if not isinstance(picture, Picture) else picture
     try:
+        size = source.length()
+        if size > LIMITS.max_bytes:
+            raise DataError(f"{where or 'picture'}: picture {source.path} is too large", got=f"{size:,} bytes", expected=f"at most {LIMITS.max_bytes:,}", cure="make it smaller")
         return source.read()
     except OSError as problem:
         raise DataError(

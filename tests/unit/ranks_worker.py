@@ -14,6 +14,7 @@ import vlm
 from vlm.data.sample import Sample
 from vlm.loading import first_model
 from vlm.processor import IGNORE, Row, VLMProcessor, collate, load_tokenizer
+from vlm.train import checkpoint
 from vlm.train.config import RunSpec
 from vlm.train.engine import Engine, connect, deepspeed_config
 from vlm.train.optim import adamw, plan
@@ -41,7 +42,7 @@ def micro(rows: list[Row]) -> MicroBatch:
     return MicroBatch(collate(empty, pad_id=0), sum(row.supervised for row in rows), units, [row.id for row in rows], ["questions"] * len(rows), ["vision"] * len(rows))
 
 
-def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: torch.device) -> None:
+def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: torch.device, accumulate: int = 4) -> None:
     """One SGD step of rate 1, so that the difference of the weights is the gradient."""
     from vlm.train.loop import one_step
 
@@ -49,7 +50,7 @@ def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: to
     stage = run.stages["instruct"]
     tokenizer = load_tokenizer(run.model)
     processor = VLMProcessor(run.model, 32, tokenizer, stage.prompt)
-    config = deepspeed_config(stage, 2 if ranks == 2 else 4, torch.float32) | {"gradient_clipping": 0.0}
+    config = deepspeed_config(stage, 2 if ranks == 2 else accumulate, torch.float32) | {"gradient_clipping": 0.0}
     torch.manual_seed(0)
     model = first_model(run.model, processor.image_token_id, config)
     tree = {"encoder": 1.0, "connector": 1.0, "llm": 1.0}
@@ -58,18 +59,50 @@ def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: to
     engine = Engine(model, sgd, config, device)
     rows = fixed_rows(processor, run)
     batches = rows[rank] if ranks == 2 else [batch for of_rank in rows for batch in of_rank]
+    if ranks == 1 and accumulate != 4:  # the same rows in another number of micro-batches
+        flat = [row for batch in batches for row in batch]
+        batches = [flat[part::accumulate] for part in range(accumulate)]
     model.train()
     one = vlm.compose("llava_tiny", f"data_root={root}", "every_stage.schedule={kind: constant, warmup: 0}").stages["instruct"]
-    record = one_step(engine, Step(0, [micro(batch) for batch in batches]), one, 1, ("questions",), torch.float32)
+    record = one_step(engine, Step(0, [micro(batch) for batch in batches]), one, 1, ("questions",))
     tensors = _whole_tensors(model)
     if rank == 0:
         save_file(tensors, out / "sgd.safetensors")
         (out / "sgd.json").write_text(json.dumps(record["loss"]))
 
 
+class Stop(Exception):
+    """Stands for a kill: raised right after a checkpoint was saved."""
+
+
+def interrupted(root: Path, out: Path, zero: int) -> None:
+    """A run of 4 + 4 steps, and the same one stopped in its second stage and resumed."""
+    vlm.fit(compose(root, zero, f"runs={out}", "name=whole", "save.every=1", "workers=0"))
+    save = checkpoint.save
+
+    def save_and_stop(folder: Path, engine: Engine, position: checkpoint.Position, keep: int) -> Path:
+        made = save(folder, engine, position, keep)
+        if position.total == 6:
+            raise Stop
+        return made
+
+    checkpoint.save = save_and_stop
+    try:
+        vlm.fit(compose(root, zero, f"runs={out}", "name=cut", "save.every=1", "workers=0"))
+    except Stop:
+        checkpoint.save = save
+    torch.manual_seed(7)
+    vlm.fit(compose(root, zero, f"runs={out}", "name=cut", "save.every=1", "workers=0"), resume=True)
+
+
 def main(root: Path, out: Path, zero: int) -> None:
     rank, ranks, device = connect()
     sgd_step(root, out, zero, rank, ranks, device)
+    if ranks == 1:
+        for accumulate in (1, 8):
+            (out / str(accumulate)).mkdir()
+            sgd_step(root, out / str(accumulate), zero, rank, ranks, device, accumulate)
+    interrupted(root, out, zero)
     vlm.fit(compose(root, zero, *CURVE, f"runs={out}", "name=curve"))
     extension = Path(__file__).parents[1] / "extension" / "run.yaml"
     if zero in (0, 3):

@@ -42,18 +42,32 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.ranks
-@pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_one_rank_equals_two(root: Path, one: Path, tmp_path: Path, zero: int) -> None:
-    two = launch(root, tmp_path / "two", zero, 2)
-    expected, got = load_file(one / "sgd.safetensors"), load_file(two / "sgd.safetensors")
-    assert json.loads((two / "sgd.json").read_text()) == pytest.approx(json.loads((one / "sgd.json").read_text()), rel=1e-6)
+def assert_equal_gradients(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> None:
+    """DESIGN rule 3, of weights after one SGD step of rate 1."""
     assert expected.keys() == got.keys()
     largest = max(tensor.abs().max() for tensor in expected.values())
     for name, tensor in expected.items():
         gap = (tensor - got[name]).abs().max()
         assert gap <= 1e-5 * tensor.abs().max() + 1e-6 * largest, (name, float(gap))
+
+
+@pytest.mark.ranks
+def test_accumulation_does_not_change_the_gradient(one: Path) -> None:
+    for accumulate in ("1", "8"):
+        assert json.loads((one / accumulate / "sgd.json").read_text()) == pytest.approx(json.loads((one / "sgd.json").read_text()), rel=1e-6)
+        assert_equal_gradients(load_file(one / "sgd.safetensors"), load_file(one / accumulate / "sgd.safetensors"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_one_rank_equals_two(root: Path, one: Path, tmp_path: Path, zero: int) -> None:
+    two = launch(root, tmp_path / "two", zero, 2)
+    expected, got = load_file(one / "sgd.safetensors"), load_file(two / "sgd.safetensors")
+    assert json.loads((two / "sgd.json").read_text()) == pytest.approx(json.loads((one / "sgd.json").read_text()), rel=1e-6)
+    assert_equal_gradients(expected, got)
+    whole, cut = (load_file(two / name / "export" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole), "interrupted = uninterrupted, bit for bit"
+    assert losses(two / "whole") == losses(two / "cut")
     assert losses(two / "curve") == pytest.approx(losses(one / "curve"), abs=1e-4)
     modalities = [record["modality"] for record in records(two / "curve") if record["stage"] == "instruct"]
     assert all(found == entry["modality"] for found, entry in zip(modalities, (r for r in records(one / "curve") if r["stage"] == "instruct"), strict=True))

@@ -79,7 +79,7 @@ def classified(x: Tensor, y: Tensor) -> MicroBatch:
 
 
 def steps_of(engine: Engine, groups: Sequence[list[MicroBatch]]) -> list[dict[str, Any]]:
-    return [one_step(engine, Step(number, group), STAGE, len(groups), ("fixed",), torch.float32) for number, group in enumerate(groups)]
+    return [one_step(engine, Step(number, group), STAGE, len(groups), ("fixed",)) for number, group in enumerate(groups)]
 
 
 # ---- what a step divides by: train_accumulation_tail -----------------------------------------------------------------------

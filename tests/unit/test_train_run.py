@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import vlm
-from vlm.errors import CheckpointError, ConfigurationError, NumericsError, VLMError
+from vlm.errors import CheckpointError, ConfigurationError, DataError, NumericsError, VLMError
 from vlm.train import checkpoint, stages
 from vlm.train.optim import Group
 
@@ -77,6 +77,28 @@ def test_interrupted_equals_uninterrupted(root: Path, tmp_path: Path, whole: Pat
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert [kept(record) for record in records(folder)] == [kept(record) for record in records(whole)]
+    assert (folder / "export" / "generation_config.json").read_text() == (whole / "export" / "generation_config.json").read_text()
+
+
+def test_the_end_mark_of_a_stage_does_not_stay(whole: Path) -> None:
+    ends = [json.loads((whole / place / "generation_config.json").read_text())["eos_token_id"] for place in ("stages/align", "export")]
+    tokenizer = vlm.load(whole)[1].tokenizer
+    assert tokenizer.convert_ids_to_tokens(ends[0]) == ["Ċ", "<|im_end|>"]  # align's prompt is plain: a caption ends with its line
+    assert tokenizer.convert_ids_to_tokens(ends[1]) == ["<|im_end|>"]
+
+
+def test_a_run_that_changed_is_not_gone_on_with(root: Path, tmp_path: Path) -> None:
+    folder = run(root, tmp_path, "changed")
+    with pytest.raises(CheckpointError, match="another model or other stages"):
+        run(root, tmp_path, "changed", "seed=5", resume=True)
+    before = (root / "align.json").read_text()
+    (root / "align.json").write_text(json.dumps([*json.loads(before), json.loads(before)[0] | {"id": "new"}]))
+    try:
+        with pytest.raises(DataError, match="data of .* changed since the run began.*captions"):
+            run(root, tmp_path, "changed", resume=True)
+    finally:
+        (root / "align.json").write_text(before)
+    assert run(root, tmp_path, "changed", resume=True) == folder
 
 
 def test_what_a_run_leaves(whole: Path) -> None:
@@ -106,7 +128,7 @@ def test_an_existing_folder_is_not_overwritten(root: Path, whole: Path) -> None:
 
 
 def test_resume_into_another_model_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "_export", lambda *_: (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(stages, "write_export", lambda *_: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
         run(root, tmp_path, "other", "save.every=1")
     (tmp_path / "other" / "stages" / "instruct").rename(tmp_path / "other" / "stages" / "gone")

@@ -1,5 +1,6 @@
 """What every reader gives and everything after it takes: one conversation with its pictures."""
 
+import os
 from dataclasses import dataclass, field
 
 __all__ = ["Picture", "Sample", "Turn"]
@@ -12,6 +13,10 @@ class Picture:
     path: str
     offset: int = 0
     size: int | None = None
+
+    def length(self) -> int:
+        """Bytes that `read` will give, known without reading. Raises OSError."""
+        return os.path.getsize(self.path) - self.offset if self.size is None else self.size
 
     def read(self) -> bytes:
         """The encoded bytes, as they are stored."""

@@ -32,7 +32,7 @@ COLOURS = {
 }
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]
 NUMBERS = ["one", "two", "three", "four"]
-KINDS = {"colour": 3.0, "position": 4.0, "shape": 2.0, "count": 0.5}
+KINDS = {"colour": 4.0, "position": 3.5, "shape": 3.0, "count": 0.5}
 """Kind of question -> how often it is asked in training, relative to the others."""
 CAPTION_SHARE = 0.2
 HELD_OUT = 8  # one layout in eight

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -30,7 +31,7 @@ def decoder_config(numbers: Mapping[str, Any]) -> Any:
 
 def build_decoder(config: Any, adapt: Sequence[AdaptationSpec] = ()) -> PreTrainedModel:
     """The decoder's structure with its adaptations. Values come from elsewhere: first ones from loading.py, later ones from a checkpoint."""
-    decoder = AutoModelForCausalLM.from_config(config)
+    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())  # not the files' dtype: that would train in it
     shared = Scope()
     for index, layer in enumerate(layers(decoder)):
         adapt_layer(layer, index, shared, config)

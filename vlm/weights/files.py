@@ -44,6 +44,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _sharded(folder: Path, index: str) -> Iterator[tuple[str, Tensor]]:
     weight_map: dict[str, str] = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
     for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} in {folder} names a file outside of its folder", got=shard, expected="a file name", cure="fetch the checkpoint again")
         if not (folder / shard).is_file():
             raise CheckpointError(f"shard {shard} named by {index} is not in {folder}", cure="fetch the checkpoint again")
         wanted = {name for name, file in weight_map.items() if file == shard}

@@ -1,0 +1,132 @@
+"""A run's folder: what it is called, what lies in it before the first step and after the last, and whether it may be gone on with."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vlm.composition import resolved
+from vlm.errors import CheckpointError, ConfigurationError, DataError
+from vlm.train.checkpoint import tree_hash
+from vlm.train.config import RunSpec
+from vlm.train.forms import sources_of
+
+__all__ = ["absolute", "fingerprint", "open_folder", "run_folder", "steps_of", "write_export"]
+
+
+def run_folder(run: RunSpec) -> Path:
+    """Where a run lies."""
+    return Path(run.runs) / run.name
+
+
+def absolute(run: RunSpec) -> RunSpec:
+    """The run with the local paths that it names made absolute, so that its folder can be read from any directory. Hub names stay."""
+
+    def of(spec: Any, *names: str, only_folders: bool = False) -> Any:
+        paths = {name: value for name in names if isinstance(value := getattr(spec, name, None), str) and (not only_folders or Path(value).is_dir())}
+        return replace(spec, **{name: os.path.abspath(value) for name, value in paths.items()}) if paths else spec
+
+    model = replace(run.model, encoder=of(run.model.encoder, "path", only_folders=True), llm=of(run.model.llm, "path", "tokenizer", only_folders=True))
+    return replace(of(run, "data_root", "runs"), model=model, data={name: of(spec, "file", "images") for name, spec in run.data.items()})
+
+
+def fingerprint(run: RunSpec) -> str:
+    """Hash of what a resumed run must share with the one that was interrupted: model, stages, data, seed and precision."""
+    return tree_hash({key: value for key, value in resolved(run).items() if key in ("model", "stages", "data", "seed", "precision")})
+
+
+def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
+    """Make the folder of a new run, or see that the run that lies there is this one. Called on rank 0.
+
+    Raises ConfigurationError for an existing run without resume, CheckpointError for another run, DataError for data that changed.
+    """
+    if not (folder / "config.yaml").is_file():
+        (folder / "resume").mkdir(parents=True, exist_ok=True)
+        _write(folder / "environment.json", json.dumps(_environment(), indent=1))
+        _write(folder / "manifest.json", json.dumps(_manifest(run), indent=1))
+        _write(folder / "config.yaml", yaml.safe_dump(resolved(run), sort_keys=False, allow_unicode=True))
+        return
+    if not resume:
+        raise ConfigurationError(f"the run folder {folder} exists already", cure="add --resume to go on, or give the run another name (name=NAME)")
+    written, now = json.loads((folder / "manifest.json").read_text(encoding="utf-8")), _manifest(run)
+    if written["fingerprint"] != now["fingerprint"]:
+        raise CheckpointError(
+            f"{folder} was written by a run with another model or other stages, data, seed or precision",
+            got=f"fingerprint {now['fingerprint'][:12]}",
+            expected=written["fingerprint"][:12],
+            cure=f"resume with {folder / 'config.yaml'}, or start a new run under another name",
+        )
+    changed = [name for name, source in written["sources"].items() if source["sha256"] != now["sources"][name]["sha256"]]
+    if changed:
+        raise DataError(
+            f"data of {folder} changed since the run began, so its order of samples would be another", got=", ".join(changed), cure="bring the old file back, or start a new run"
+        )
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
+def _manifest(run: RunSpec) -> dict[str, Any]:
+    """Which data in which order: files, hashes, sizes, the seed of the order; and whose run it is."""
+    used = dict.fromkeys(source for stage in run.stages.values() for source in sources_of(stage))
+    readers = {name: run.data[name].open() for name in used}
+    sources = {name: {"file": run.data[name].file, "sha256": reader.file_hash(), "samples": len(reader)} for name, reader in readers.items()}
+    return {"fingerprint": fingerprint(run), "seed": run.seed, "sources": sources}
+
+
+def _environment() -> dict[str, Any]:
+    versions: dict[str, str] = {}
+    for package in ("vlm", "torch", "transformers", "tokenizers", "peft", "deepspeed", "safetensors", "omegaconf", "numpy", "pillow", "datasets", "webdataset"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "commit": _commit(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code lies in; None for an installed package or where there is no git."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def steps_of(folder: Path, stage: str) -> int:
+    """Steps of a finished stage."""
+    return int(json.loads((folder / "stages" / stage / "stage.json").read_text(encoding="utf-8"))["steps"])
+
+
+def write_export(folder: Path, last: str) -> None:
+    """export/ is the last stage's folder under its public name; hard links where the disk has them."""
+    final, partial = folder / "export", folder / ".partial-export"
+    if final.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(folder / "stages" / last, partial, copy_function=os.link)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder / "stages" / last, partial)
+    os.replace(partial, final)
