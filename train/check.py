@@ -1,6 +1,7 @@
 """What a run would do, and everything that is wrong with it, before it is started: no GPU, no weights, no DeepSpeed."""
 
 import difflib
+import json
 import os
 import re
 import time
@@ -178,8 +179,18 @@ class _Check:
         for path, part in (("model.encoder", self.run.model.encoder), ("model.llm", self.run.model.llm)):
             if part.weights == "path" and part.path is None:
                 self._wrong(path, "weights of a path are asked for", got="no path", expected="a folder with weights", cure=f"set {path}.path, or {path}.weights=random")
-            elif part.weights == "path":
-                self._there(f"{path}.path", str(part.path))
+            elif part.weights == "path" and self._there(f"{path}.path", str(part.path)) and part.config is not None:
+                self._same_numbers(path, part.config, find_folder(str(part.path)) / "config.json")
+
+    def _same_numbers(self, path: str, numbers: Mapping[str, Any], file: Path) -> None:
+        """A warning where the configuration's numbers are not those beside the weights: shapes may fit all the same (an activation, a rotary base), and the answers be wrong."""
+        if not file.is_file():
+            return
+        written = json.loads(file.read_text(encoding="utf-8"))
+        written = written.get("vision_config", written) if path == "model.encoder" else written
+        differ = [f"{name} {numbers[name]!r} (beside the weights {written[name]!r})" for name in numbers if name in written and written[name] != numbers[name]]
+        if differ:
+            self.report.warnings.append(f"{path}: the configuration's numbers are used, and some are not those of {file}: {', '.join(differ)}")
 
     def _decoder(self) -> None:
         llm = self.run.model.llm

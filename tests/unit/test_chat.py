@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tests import tiny
 from vlm.chat import converse
 from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec

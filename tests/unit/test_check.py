@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from rich.console import Console
 from tokenizers import processors
 from torch import nn
 
 import vlm
-from tests import tiny
 from vlm import encoders, llm
 from vlm.composition import ConfigurationProblems
 from vlm.encoders.base import Encoder, EncoderSpec
@@ -586,3 +586,14 @@ def test_the_table_of_parts_names_parts_prompts_and_configurations(parts: None) 
     text = printed(parts_table())
     for word in ("siglip", "zero3", "vicuna_7b_v1.5", "adaptations"):
         assert word in text
+
+
+def test_numbers_that_are_not_those_beside_the_weights_are_a_warning(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tower"
+    folder.mkdir()
+    numbers = dict(compose(root).model.encoder.config or {})
+    (folder / "config.json").write_text(json.dumps({"vision_config": numbers | {"hidden_act": "gelu"}}))
+    report = check(compose(root, f"model.encoder.path={folder}", "model.encoder.weights=path"))
+    assert [line for line in report.warnings if "hidden_act 'quick_gelu' (beside the weights 'gelu')" in line and str(folder) in line]
+    (folder / "config.json").write_text(json.dumps({"vision_config": numbers}))
+    assert not check(compose(root, f"model.encoder.path={folder}", "model.encoder.weights=path")).warnings

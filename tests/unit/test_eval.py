@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 
-from tests import tiny
 from vlm.composition import compose, resolved
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.errors import CheckpointError, ConfigurationError

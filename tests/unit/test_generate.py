@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from tests import tiny
 from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.data.sample import Picture, Sample, Turn

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -14,7 +15,6 @@ from tokenizers import AddedToken, Tokenizer, processors
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tests import tiny
 from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.data.sample import Picture, Sample, Turn

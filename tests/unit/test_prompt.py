@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tests import tiny
 from vlm.data.sample import Picture, Turn
 from vlm.errors import ConfigurationError, DataError
 from vlm.prompt import GIVEN_UP, PICTURE, Encoded, PlainText, Prompt, PromptSpec
