@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.errors import DataError
-from vlm.processor import Row, VLMProcessor, collate
+from vlm.processor import Row, VLMProcessor
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -203,7 +203,7 @@ def answer_all(model: "VLM", processor: VLMProcessor, samples: Sequence[Sample],
             order = sorted(rows, key=lambda index: len(rows[index]), reverse=True)  # what needs most memory comes first
             for at in range(0, len(order), batch_size):
                 batch = order[at : at + batch_size]
-                new = model.generate(**_inputs(model, processor, [rows[index] for index in batch]), **settings)
+                new = model.generate(**processor.inputs([rows[index] for index in batch], model.device), **settings)
                 answers.update((index, _answer(processor, ids, stops, lead)) for index, ids in zip(batch, new.tolist(), strict=True))
     return [answers[index] for index in range(len(samples))]
 
@@ -214,7 +214,7 @@ def stream(model: "VLM", processor: VLMProcessor, sample: Sample, *, max_new_tok
     stops, lead = set(settings["eos_token_id"]), blank(processor)
     text, ids = TextStream(processor.tokenizer, lead), []
     with _evaluating(model):
-        tokens = _tokens(model, _inputs(model, processor, [_row(model, processor, sample)]), settings)
+        tokens = _tokens(model, processor.inputs([_row(model, processor, sample)], model.device), settings)
         try:
             for index in tokens:
                 ids.append(index)
@@ -246,16 +246,6 @@ def _row(model: "VLM", processor: VLMProcessor, sample: Sample) -> Row:
             cure="ask with fewer pictures or less text, or begin a new conversation",
         )
     return row
-
-
-def _inputs(model: "VLM", processor: VLMProcessor, rows: Sequence[Row]) -> dict[str, Any]:
-    batch = collate(rows, pad_id=processor.pad_id, left=True)
-    return {
-        "input_ids": batch["input_ids"].to(model.device),
-        "attention_mask": (batch["document_ids"] >= 0).to(model.device, torch.int64),
-        "mm_token_type_ids": batch["mm_token_type_ids"].to(model.device),
-        "images": [image.to(model.device, model.dtype) for image in batch["images"]],
-    }
 
 
 @contextmanager

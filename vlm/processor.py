@@ -249,13 +249,16 @@ class VLMProcessor:
 
     def __call__(self, samples: Sequence[Sample], *, device: torch.device | str = "cpu") -> dict[str, Any]:
         """Left-padded inputs of `VLM.generate` for samples that end in a question."""
-        rows = [self.row(sample, mode="infer", generate=True) for sample in samples]
+        return self.inputs([self.row(sample, mode="infer", generate=True) for sample in samples], device)
+
+    def inputs(self, rows: Sequence[Row], device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Left-padded inputs of `VLM.generate` for rows that end in a prompt for an answer."""
         batch = collate(rows, pad_id=self.pad_id, left=True)
         return {
             "input_ids": batch["input_ids"].to(device),
-            "attention_mask": (batch["document_ids"] >= 0).to(torch.int64).to(device),
+            "attention_mask": (batch["document_ids"] >= 0).to(device, torch.int64),
             "mm_token_type_ids": batch["mm_token_type_ids"].to(device),
-            "images": [image.to(torch.device(device)) for image in batch["images"]],
+            "images": batch["images"],
         }
 
     @property
