@@ -87,7 +87,7 @@ def test_training_answers_are_even_and_kinds_by_weight():
         assert sum(answers[kind, value] for value in values) == total
         assert all(abs(answers[kind, value] / total - share) < 4.5 * (share * (1 - share) / total) ** 0.5 + 0.02 * share for value in values), kind
     assert 0.17 < sum(record["conversations"][0]["kind"] == "caption" for record in records) / 4000 < 0.23
-    assert 0.25 < sum(count for (of, _), count in answers.items() if of == "count") / 4000 < 0.30
+    assert 0.22 < sum(count for (of, _), count in answers.items() if of == "count") / 4000 < 0.27  # 6 x 0.5 / 11, less what a scene without further questions of its kind leaves
 
 
 def test_held_out_answers_are_even(root: Path):
