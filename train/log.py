@@ -40,7 +40,13 @@ class Log:
             return
         self._stage, self._steps, self._window = stage, steps, []
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(), TextColumn("{task.fields[facts]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=8),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[facts]}"),
+            )
             self._progress = Progress(*columns, console=self.console)
             self._task = self._progress.add_task(stage, total=steps, completed=start, facts="")
             self._progress.start()
@@ -56,17 +62,17 @@ class Log:
         if record["step"] % self.every and not last:
             return
         seconds = sum(entry["seconds"] for entry in self._window)
-        facts = (
-            f"loss {sum(entry['loss'] for entry in self._window) / len(self._window):.4f}  {sum(entry['tokens'] for entry in self._window) / seconds:,.0f} tokens/s  "
-            f"supervised {sum(entry['supervised'] for entry in self._window):,}  data wait {100 * sum(entry['wait'] for entry in self._window) / seconds:.0f} %  "
-            f"memory {record['memory']:.2f} GiB"
-        )
-        left = (self._steps - record["step"]) * seconds / len(self._window)
+        loss = sum(entry["loss"] for entry in self._window) / len(self._window)
+        speed, supervised = (sum(entry[name] for entry in self._window) for name in ("tokens", "supervised"))
+        speed, wait, left = speed / seconds, 100 * sum(entry["wait"] for entry in self._window) / seconds, (self._steps - record["step"]) * seconds / len(self._window)
         self._window = []
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=record["step"], facts=facts)
-        else:
-            self.console.print(f"{self._stage} {record['step']}/{self._steps}  {facts}  {left:.0f} s left")
+        if self._progress is not None and self._task is not None:  # 80 columns
+            self._progress.update(
+                self._task, completed=record["step"], facts=f"loss {loss:.3f} {speed / 1000:.1f}k tok/s {supervised} sup wait {wait:.0f}% {record['memory']:.1f}G"
+            )
+            return
+        facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  supervised {supervised:,}  data wait {wait:.0f} %  memory {record['memory']:.2f} GiB"
+        self.console.print(f"{self._stage} {record['step']}/{self._steps}  {facts}  {left:.0f} s left")
 
     def end(self) -> None:
         if self._progress is not None:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.mixture import Mixture
-from vlm.errors import DataError
+from vlm.errors import DataError, VLMError
 from vlm.llm.context import VISION, Unit
 from vlm.processor import IGNORE, Row, VLMProcessor, collate
 
@@ -117,7 +117,7 @@ class StepData(Dataset[Step]):
 def loader(data: StepData, start: int, workers: int) -> Iterator[Step]:
     """Steps from `start` on, prepared by worker processes; with 0 workers in this one. Its own generator: a loader that drew from the default one would shift what a resumed run draws."""
     steps = DataLoader(
-        data,
+        _Told(data),
         batch_size=None,
         sampler=range(start, len(data)),
         num_workers=workers,
@@ -125,7 +125,23 @@ def loader(data: StepData, start: int, workers: int) -> Iterator[Step]:
         worker_init_fn=_one_thread,
         generator=torch.Generator(),
     )
-    return iter(steps)
+    for step in steps:
+        if isinstance(step, VLMError):
+            raise step
+        yield step
+
+
+class _Told(Dataset[Any]):
+    """The steps, with an error in the place of one that cannot be made: raised in a worker, it would arrive as a traceback in a string."""
+
+    def __init__(self, data: StepData):
+        self.data = data
+
+    def __getitem__(self, number: int) -> Step | VLMError:
+        try:
+            return self.data[number]
+        except VLMError as problem:
+            return problem
 
 
 def _one_thread(worker: int) -> None:

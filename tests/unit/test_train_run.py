@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,3 +191,14 @@ def test_bad_samples_are_left_out_counted_and_listed(root: Path, tmp_path: Path)
     assert (len(listed) == 1 and "cut.png" in listed[0]["reason"]) or "cut.json" in listed[0]["reason"]
     align = [record for record in records(folder) if record["stage"] == "align"]
     assert sum(record["samples"] for record in align) == 11 and sum(record.get("skipped", 0) for record in align) == 1
+
+
+def test_a_damaged_picture_in_a_worker_is_a_sentence(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "check_run", lambda *_, **__: SimpleNamespace(warnings=[]))  # the check reads the first 1,000 pictures and would find it
+    rows = json.loads((root / "align.json").read_text())
+    (root / "img" / "half.png").write_bytes((root / "img" / "0.png").read_bytes()[:-30])
+    rows[3]["image"] = "img/half.png"
+    (root / "half.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"half\.json, sample 3") as caught:
+        run(root, tmp_path, "half", f"data.captions.file={root}/half.json", "every_stage.steps=null", "every_stage.epochs=1", "workers=2")
+    assert "Traceback" not in str(caught.value) and "worker" not in str(caught.value)
