@@ -25,7 +25,7 @@ from vlm.train.loop import run_steps, write_skipped
 from vlm.train.optim import adamw, plan
 from vlm.train.steps import StepData, accumulation, loader
 
-__all__ = ["fit"]
+__all__ = ["fit", "whole_tensors"]
 
 
 def fit(run: RunSpec, *, resume: bool = False) -> Path:
@@ -143,7 +143,7 @@ class _Stage:
         """stages/NAME: weights, configuration, processor; complete or not there."""
         final = self.folder / "stages" / self.name
         partial = final.with_name(f".partial-{self.name}")
-        tensors = _whole_tensors(model)
+        tensors = whole_tensors(model)
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -155,7 +155,7 @@ class _Stage:
         dist.barrier()
 
 
-def _whole_tensors(model: VLM) -> dict[str, torch.Tensor]:
+def whole_tensors(model: VLM) -> dict[str, torch.Tensor]:
     """The state dict on rank 0, gathered where ZeRO 3 has partitioned it; tied tensors once."""
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()

@@ -320,7 +320,7 @@ class Prompt:
         if not any(turn.role == "system" for turn in turns):
             system = self.template.system if self.spec.system is None else self.spec.system
             return (Turn("system", (system,)), *turns) if system else turns, ()
-        if self._keeps_system:
+        if self.keeps_system:
             return turns, ()
         if self.spec.fold_system == "error":
             raise DataError(_at(where, f"the chat template refuses or loses the system turn{self._refusal}"), cure="set fold_system: fold in the prompt, or choose another prompt")
@@ -335,7 +335,8 @@ class Prompt:
         return tuple(folded), ("system text folded into the first question",)
 
     @property
-    def _keeps_system(self) -> bool:
+    def keeps_system(self) -> bool:
+        """Whether the template writes the text of a system turn."""
         return self._refusal is None
 
     @cached_property

@@ -18,7 +18,7 @@ from vlm.train import checkpoint
 from vlm.train.config import RunSpec
 from vlm.train.engine import Engine, connect, deepspeed_config
 from vlm.train.optim import adamw, plan
-from vlm.train.stages import _whole_tensors
+from vlm.train.stages import whole_tensors
 from vlm.train.steps import MicroBatch, Step
 
 CURVE = ("every_stage.steps=20", "every_stage.batch=8", "every_stage.micro_batch=2", "stages.instruct.train={encoder: 1.0e-3, connector: 1.0e-3, llm: 1.0e-3}", "workers=0")
@@ -65,7 +65,7 @@ def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: to
     model.train()
     one = vlm.compose("llava_tiny", f"data_root={root}", "every_stage.schedule={kind: constant, warmup: 0}").stages["instruct"]
     record = one_step(engine, Step(0, [micro(batch) for batch in batches]), one, 1, ("questions",))
-    tensors = _whole_tensors(model)
+    tensors = whole_tensors(model)
     if rank == 0:
         save_file(tensors, out / "sgd.safetensors")
         (out / "sgd.json").write_text(json.dumps(record["loss"]))

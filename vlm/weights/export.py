@@ -77,7 +77,7 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
         raise ConfigurationError(f"{out} holds something else than an export", cure="give a folder that is new, empty or an earlier export")
     model, processor = load(source_folder)
     prompt = processor.prompt
-    asked = questions(pictures_only=prompt.template.pictures_only, system=prompt.spec.fold_system == "fold" or prompt._keeps_system)
+    asked = questions(pictures_only=prompt.template.pictures_only, system=prompt.spec.fold_system == "fold" or prompt.keeps_system)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         families()[to].write(model, processor, partial)

@@ -278,7 +278,7 @@ def chat_template(prompt: "Prompt") -> str:
     if template.pictures_only:
         preamble += _PICTURES_ONLY
     else:
-        if spec.fold_system == "fold" and not prompt._keeps_system:
+        if spec.fold_system == "fold" and not prompt.keeps_system:
             preamble += _FOLD
         if system:
             preamble += _SYSTEM.replace("SYSTEM", json.dumps(system, ensure_ascii=False))  # JSON's escapes are Jinja's
