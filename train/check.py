@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from vlm.composition import to_plain
-from vlm.config import links
+from vlm.config import links, picture_tokens
 from vlm.connectors.base import ConnectorSpec, Link
 from vlm.errors import CheckpointError, ConfigurationError, DataError, VLMError
 from vlm.images import apply_policy
+from vlm.llm.base import check_claims, check_order
 from vlm.llm.context import VISION
-from vlm.loading import text_config
+from vlm.loading import model_folder, text_config
 from vlm.processor import IGNORE, Row, load_tokenizer, placeholder_id
 from vlm.prompt import TEMPLATES, Prompt
 from vlm.train import cost
@@ -29,6 +30,7 @@ from vlm.train.engine import deepspeed_config, precision_of
 from vlm.train.findings import Report, Span, StageReport
 from vlm.train.forms import model_at, sources_of, stage_mixture
 from vlm.train.optim import rates
+from vlm.train.start import check_start
 from vlm.weights.files import find_folder
 
 __all__ = ["check_run"]
@@ -83,6 +85,7 @@ class _Check:
         self._decoder()
         self._connector()
         self._find_tokenizer()
+        self._start()
         for index, stage in enumerate(self.run.stages.values()):
             self._prompt(index, stage)
             self._structure(index, stage)
@@ -133,10 +136,13 @@ class _Check:
             key = path.rpartition(".")[2]
             cure = f"take one away: stages.{key}.epochs=null or stages.{key}.steps=null"
             self._wrong(path, "both epochs and steps are given", got=f"epochs {stage.epochs:g}, steps {stage.steps}", expected="one of them", cure=cure)
-        for name in ("batch", "micro_batch", "max_length"):
+        for name in ("batch", "micro_batch", "max_length", "pack"):
             value = getattr(stage, name)
-            if value < 1:
+            if isinstance(value, int) and value < 1:
                 self._wrong(f"{path}.{name}", "must be at least 1", got=value, expected="1 or more", cure=f"set {path}.{name}")
+        if stage.pack is not None and stage.max_length > stage.pack:
+            cure = f"set {path}.max_length={stage.pack}, or raise {path}.pack"
+            self._wrong(f"{path}.pack", "a sample may be longer than a packed row", got=f"max_length {stage.max_length}", expected=f"at most pack {stage.pack}", cure=cure)
         for name in sources_of(stage):
             if name not in self.run.data:
                 self._no_such(f"{path}.data", "data source", name, self.run.data)
@@ -152,7 +158,7 @@ class _Check:
             self._wrong(path, "no ZeRO stage is given", got=f"zero_optimization {zero!r}", expected="stage 0, 1, 2 or 3", cure="name a file of configs/deepspeed")
             return
         with self._at(path):  # at ZeRO 0 only an explicit bf16 is bf16, whatever the device
-            deepspeed_config(stage, 1, precision_of(self.run.precision, torch.device("cpu"), int(level)))
+            deepspeed_config(stage, precision_of(self.run.precision, torch.device("cpu"), int(level)))
 
     def _names(self) -> None:
         for name, source in self.run.eval.items():
@@ -176,11 +182,29 @@ class _Check:
         return True
 
     def _weights(self) -> None:
+        self._connector_files("model.connector", self.run.model.connector)
+        if self.run.start is not None:
+            return
         for path, part in (("model.encoder", self.run.model.encoder), ("model.llm", self.run.model.llm)):
             if part.weights == "path" and part.path is None:
                 self._wrong(path, "weights of a path are asked for", got="no path", expected="a folder with weights", cure=f"set {path}.path, or {path}.weights=random")
             elif part.weights == "path" and self._there(f"{path}.path", str(part.path)) and part.config is not None:
                 self._same_numbers(path, part.config, find_folder(str(part.path)) / "config.json")
+
+    def _connector_files(self, path: str, spec: ConnectorSpec) -> None:
+        if spec.path is not None and not Path(spec.path).is_file():
+            self._wrong(f"{path}.path", "there is no such file", kind=CheckpointError, got=spec.path, expected="a file with the connector's weights", cure=f"set {path}.path")
+        if spec.then is not None:
+            self._connector_files(f"{path}.then", spec.then)
+
+    def _start(self) -> None:
+        """The folder that the run goes on from, and whether it is of the run's parts."""
+        if self.run.start is None or not self.run.stages or not self.entered:
+            return
+        with self._at("start"):
+            model_folder(self.run.start)
+            if self.text is not None and self.chained and self.tokenizer is not None:
+                check_start(self.run.start, model_at(self.run, 0), placeholder_id(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1)
 
     def _same_numbers(self, path: str, numbers: Mapping[str, Any], file: Path) -> None:
         """A warning where the configuration's numbers are not those beside the weights: shapes may fit all the same (an activation, a rotary base), and the answers be wrong."""
@@ -200,9 +224,17 @@ class _Check:
             self.text = text_config(self.run.model)
         if self.text is None:
             return
+        claims: dict[str, Sequence[str]] = {}
         for name, spec in self.run.model.adapt.items():
             with self._at(f"model.adapt.{name}"):
-                spec.plan(self.text)
+                claims[name] = spec.plan(self.text)
+        with self._at("model.adapt"):
+            check_claims(claims)
+        if self.entered and self.run.stages:
+            stages = list(self.run.stages)
+            entering = sorted(self.run.model.adapt.items(), key=lambda item: (stages.index(item[1].since or stages[0]), item[1].place))
+            with self._at("model.adapt"):
+                check_order(dict(entering))
 
     def _connector(self) -> None:
         encoder, connector = self.run.model.encoder, self.run.model.connector
@@ -247,7 +279,7 @@ class _Check:
                 prompt = Prompt(stage.prompt, self.tokenizer)
         if not self.chained or self.text is None or f"stages.{name}.images" in self.wrong:
             return
-        report.picture_tokens, fixed = cost.picture_tokens(self.run.model, self.text.hidden_size, stage.images.use)
+        report.picture_tokens, fixed = picture_tokens(self.run.model, self.text.hidden_size, stage.images.use)
         if fixed and report.picture_tokens >= stage.max_length > 0:
             cure = f"raise stages.{name}.max_length, or use an encoder with fewer tokens"
             self._wrong(f"stages.{name}.max_length", "too short for one picture", got=stage.max_length, expected=f"more than its {report.picture_tokens:,} tokens", cure=cure)
@@ -256,7 +288,7 @@ class _Check:
 
     def _structure(self, index: int, stage: StageSpec) -> None:
         name = list(self.run.stages)[index]
-        if self.text is None or not self.chained or not self.entered:
+        if self.text is None or not self.chained or not self.entered or any(path.startswith("model.adapt") for path in self.wrong):
             return
         spec = model_at(self.run, index)
         with self._at("model"):
@@ -303,7 +335,7 @@ class _Check:
                     self.report.warnings.append(f"data.{name}.samples: {size:,} are named, the file holds {len(reader):,}, which count")
 
     def _length(self, index: int, stage: StageSpec) -> None:
-        if stage.batch < 1 or stage.micro_batch < 1:
+        if stage.batch < 1 or (stage.micro_batch != "auto" and stage.micro_batch < 1):
             return
         name, report = list(self.run.stages)[index], self.report.stages[index]
         report.batch = f"{stage.batch:,} samples per step = {cost.batch_line(stage, self.ranks)}"
@@ -345,7 +377,7 @@ class _Check:
             return
         bad = [*getattr(self.readers[name], "bad", ())]
         if left := len(bad) + len(scan.refused) + sum(len(measure.lost) for measure in measures):
-            self.report.warnings.append(f"data.{name}: {left:,} samples are left out (on_bad: skip), the first: {[*bad, *problems][0]}")
+            self.report.warnings.append(f"data.{name}: {left:,} samples are left out or replaced (on_bad: skip), the first: {[*bad, *problems][0]}")
 
     def _measured(self, name: str, scan: cost.Scan, measures: list[cost.Measure]) -> None:
         for measure in measures:

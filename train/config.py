@@ -1,10 +1,13 @@
 """Schema of a run. Keys and defaults of DESIGN section 4; composition fills it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from vlm.config import ModelSpec
+from vlm.errors import ConfigurationError
 from vlm.prompt import PromptSpec
 
 __all__ = ["OptimizerSpec", "PolicySpec", "RunSpec", "SaveSpec", "ScheduleSpec", "StageSpec"]
@@ -12,11 +15,46 @@ __all__ = ["OptimizerSpec", "PolicySpec", "RunSpec", "SaveSpec", "ScheduleSpec",
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSpec:
-    """Learning rate over a stage. warmup: share of the stage's steps (below 1) or a number of steps. min: share of the peak at the end (cosine, linear)."""
+    """Learning rate over a stage; what counts steps takes a share of the stage's steps (below 1) or a number of them, both from the stage's first step.
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: steps of the linear rise. min: share of the peak at the end (cosine, linear). step: the rate is multiplied by gamma (0.1) after every `every` steps; multi_step: at each of
+    the milestones. Raises ConfigurationError with everything that does not fit together.
+    """
+
+    kind: Literal["cosine", "linear", "constant", "step", "multi_step"] = "cosine"
     warmup: float = 0.03
     min: float = 0.0
+    every: float | None = None
+    milestones: tuple[float, ...] = ()
+    gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if wrong := list(_schedule_problems(self)):
+            raise ConfigurationError("; ".join(wrong), got=", ".join(f"{key} {value}" for key, value in asdict(self).items() if value not in (None, ())))
+
+
+def _schedule_problems(spec: ScheduleSpec) -> Iterator[str]:
+    """What is wrong with a schedule, one phrase each."""
+    kinds = {"min": ("cosine", "linear"), "every": ("step",), "milestones": ("multi_step",), "gamma": ("step", "multi_step")}
+    for key, value in (("min", spec.min), ("every", spec.every), ("milestones", spec.milestones), ("gamma", spec.gamma)):
+        if value and spec.kind not in kinds[key]:
+            yield f"`{key}` is for {' and '.join(kinds[key])}, not for {spec.kind}"
+    if not 0 <= spec.min <= 1:
+        yield "`min` is a share from 0 to 1"
+    if spec.gamma is not None and not 0 < spec.gamma < math.inf:
+        yield "`gamma` is a factor above 0"
+    if spec.kind == "step" and spec.every is None:
+        yield "`step` needs `every`, such as every: 0.25"
+    if spec.kind == "multi_step" and not spec.milestones:
+        yield "`multi_step` needs `milestones`, such as milestones: [0.8, 0.9]"
+    places = [("warmup", spec.warmup or None), ("every", spec.every), *(("milestones", value) for value in spec.milestones)]
+    for key, value in places:
+        if value is not None and not (0 < value < 1 or (value >= 1 and value % 1 == 0)):
+            yield f"`{key}` takes a share between 0 and 1 or a whole number of steps, not {value:g}"
+    if len({value < 1 for value in spec.milestones}) == 2:
+        yield "`milestones` are all shares or all numbers of steps"
+    elif any(later <= earlier for earlier, later in pairwise(spec.milestones)):
+        yield "`milestones` rise from one to the next"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +88,8 @@ class StageSpec:
     """One training stage.
 
     train: tree of parameter-group paths to rates; what nobody names is frozen. data: a source's name, or names with weights. batch: samples per step over all ranks.
-    micro_batch: rows per forward and rank; accumulation follows. too_long: what happens to a row above max_length: cut at the end (never inside a picture, counted), or an error.
+    micro_batch: rows per forward and rank; accumulation follows. auto: as many as fit into memory, tried out with the longest rows before the first step.
+    pack: tokens per row; the step's samples are packed into as few rows as hold them. Default: a row per sample. too_long: what happens to a row above max_length: cut at the end (never inside a picture, counted), or an error.
     epochs or steps: one of them (default: one epoch).
     """
 
@@ -59,7 +98,8 @@ class StageSpec:
     prompt: PromptSpec = field(metadata={"bare": "use"})
     images: PolicySpec = field(default_factory=PolicySpec, metadata={"bare": "use"})
     batch: int = 32
-    micro_batch: int = 8
+    micro_batch: int | Literal["auto"] = 8
+    pack: int | None = None
     max_length: int = 2048
     too_long: Literal["cut", "error"] = "cut"
     epochs: float | None = None
@@ -72,10 +112,11 @@ class StageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A run: model x data x stages. eval: name -> data source scored by `vlm eval`."""
+    """A run: model x data x stages. start: folder of a finished model from which the first stage goes on (default: from the weights that `model` names). eval: name -> data source scored by `vlm eval`. bad_budget: share of a stage's samples that may be bad where a source says `on_bad: skip`."""
 
     name: str
     model: ModelSpec
+    start: str | None = None
     data: Mapping[str, Any] = field(metadata={"group": "data", "registry": "vlm.data", "key": "reader"})
     stages: Mapping[str, StageSpec]
     eval: Mapping[str, str] = field(default_factory=dict)
@@ -84,5 +125,6 @@ class RunSpec:
     runs: str = "runs"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     workers: int = 2
+    bad_budget: float = 0.01
     save: SaveSpec = field(default_factory=SaveSpec)
     log_every: int = 10

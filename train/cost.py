@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlm.config import ModelSpec, links
+from vlm.config import ModelSpec, picture_tokens, typical_size
 from vlm.data.sample import Picture, Sample, Turn
-from vlm.encoders.base import EncoderSpec, Mode
+from vlm.encoders.base import Mode
 from vlm.errors import DataError, VLMError
 from vlm.features import ImageInput, TokenLayout
 from vlm.images import upright_size
@@ -26,7 +26,7 @@ from vlm.train.forms import sources_of, stage_mixture
 from vlm.train.optim import Group, plan
 from vlm.train.steps import accumulation
 
-__all__ = ["Length", "Measure", "Refusals", "RowLengths", "Scan", "batch_line", "length", "picture_tokens", "planned", "scan", "structure", "typical_size"]
+__all__ = ["Length", "Measure", "Refusals", "RowLengths", "Scan", "batch_line", "length", "planned", "scan", "structure"]
 
 NAMED = 5
 """Refused samples of one kind that are named before the others are only counted."""
@@ -48,6 +48,11 @@ def planned(model: VLM, stage: StageSpec) -> list[Group]:
 
 def batch_line(stage: StageSpec, ranks: int) -> str:
     """batch = ranks x micro x accumulation in words, also where that does not come out even."""
+    if stage.pack is not None:
+        rows = "as many rows as fit into memory" if stage.micro_batch == "auto" else f"at most {stage.micro_batch} {'row' if stage.micro_batch == 1 else 'rows'}"
+        return f"{ranks} {'rank' if ranks == 1 else 'ranks'}, packed into rows of at most {stage.pack:,} tokens, {rows} per micro-batch"
+    if stage.micro_batch == "auto":
+        return f"{ranks} {'rank' if ranks == 1 else 'ranks'} x as many rows as fit into memory"
     count = accumulation(stage.batch, stage.micro_batch, ranks)
     rows = math.ceil(stage.batch / (ranks * count))
     line = f"{ranks} {'rank' if ranks == 1 else 'ranks'} x {rows} rows x {count} {'micro-batch' if count == 1 else 'micro-batches'}"
@@ -74,27 +79,6 @@ def length(run: RunSpec, index: int, sizes: Mapping[str, int | None]) -> Length:
 
 
 # ---- rows without pixels -------------------------------------------------------------------------------------------------
-
-
-def typical_size(encoder: EncoderSpec) -> tuple[int, int]:
-    """Width and height of a picture as its encoder likes it: its own size, 448 x 448 for one that has none."""
-    side = int(getattr(encoder, "size", None) or 448)
-    return side, side
-
-
-def picture_tokens(model: ModelSpec, width: int, policy: str) -> tuple[int, bool]:
-    """Tokens that a picture of the encoder's own size becomes, and whether every picture becomes as many. width: the decoder's. policy: of the stage."""
-    side, _ = typical_size(model.encoder)
-    sizes = [(side, side)]
-    if policy not in ("crop", "squash"):
-        sizes += [(2 * side, 2 * side)] if policy == "pad" else [(2 * side, 2 * side), (side, 3 * side), (3 * side, side)]
-    counts = []
-    for size in sizes:
-        layouts = model.encoder.layout(*size, "train")
-        for spec, _ in links(model.encoder, model.connector, width):
-            layouts = {"image": spec.layout(layouts)}
-        counts.append(next(iter(layouts.values())).count)
-    return counts[0], len(set(counts)) == 1
 
 
 class RowLengths(VLMProcessor):

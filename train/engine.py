@@ -46,8 +46,11 @@ def precision_of(asked: str, device: torch.device, zero: int) -> torch.dtype:
     return torch.bfloat16 if asked == "bf16" else torch.float32
 
 
-def deepspeed_config(stage: StageSpec, accumulation: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The stage's DeepSpeed configuration with what must always be written: clipping (absent means 1.0), accumulation, precision. Raises ConfigurationError for bf16 at ZeRO 0."""
+def deepspeed_config(stage: StageSpec, dtype: torch.dtype) -> dict[str, Any]:
+    """The stage's DeepSpeed configuration with what must always be written: clipping (absent means 1.0), precision. Raises ConfigurationError for bf16 at ZeRO 0.
+
+    Accumulation is not DeepSpeed's to count: packed steps differ in their number of micro-batches, and `Engine.last` tells it which is the last.
+    """
     config = {key: dict(value) if isinstance(value, Mapping) else value for key, value in stage.deepspeed.items()}
     zero = config.setdefault("zero_optimization", {"stage": 0})["stage"]
     if dtype == torch.bfloat16 and zero == 0:
@@ -56,7 +59,7 @@ def deepspeed_config(stage: StageSpec, accumulation: int, dtype: torch.dtype) ->
         )
     return config | {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": stage.optimizer.clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_allow_untested_optimizer": True,
@@ -78,6 +81,10 @@ class Engine:
         self.paths = [group["path"] for group in optimizer.param_groups]
         self.model = model
         self.inner: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+    def last(self, last: bool) -> None:
+        """Called before each micro-batch: whether it is the last of its step. Gradients are reduced and the optimizer acts behind the last one."""
+        self.inner.set_gradient_accumulation_boundary(last)
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         return self.inner(**inputs)

@@ -1,23 +1,22 @@
 """The steps of a stage: fetch, count, forward, backward, step, write down."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm.errors import DataError, NumericsError
 from vlm.llm.context import Unit
+from vlm.train.bad import BadSamples
 from vlm.train.config import StageSpec
 from vlm.train.engine import Engine
 from vlm.train.log import Log, peak_memory
 from vlm.train.schedule import factor
 from vlm.train.steps import MicroBatch, Step
 
-__all__ = ["one_step", "run_steps", "write_skipped"]
+__all__ = ["one_step", "run_steps"]
 
 UNITS: tuple[Unit, ...] = ("token", "vision_token", "document")
 
@@ -33,7 +32,7 @@ def run_steps(
     count: int,
     sources: tuple[str, ...],
     log: Log,
-    folder: Path,
+    bad: BadSamples,
     after: Callable[[int], None],
 ) -> None:
     """Train steps `start`.. `count` - 1 of a stage; after(number of steps done) is called behind each step, for saving."""
@@ -45,11 +44,12 @@ def run_steps(
         for step in steps:
             fetched = time.perf_counter()
             record = one_step(engine, step, stage, count, sources)
-            write_skipped(folder, name, step.number + 1, step.skipped)
+            bad.add(step.number + 1, step.skipped)
             done = time.perf_counter()
             head = {"stage": name, "step": step.number + 1, "total": total_before + step.number + 1}
             log.step(head | record | {"seconds": round(done - before, 4), "wait": round(fetched - before, 4), "memory": round(peak_memory(), 3)})
             before = done
+            bad.check(step.number + 1, record.get("skipped", 0))
             after(step.number + 1)
     finally:
         log.end()
@@ -68,6 +68,7 @@ def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: 
     modality = {"vision": 0.0, "text": 0.0}
     auxiliary: dict[str, float] = {}
     for micro in micro_batches:
+        engine.last(micro is micro_batches[-1])
         output = engine.forward(micro.to(engine.device))
         loss = output.loss_sum / supervised
         for (part, _), extra in output.auxiliary.items():
@@ -77,7 +78,7 @@ def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: 
         _check_finite(loss, output, micro, step.number)
         engine.backward(loss)
         engine.step()
-        for source, kind, row_loss, row_count in zip(micro.sources, micro.modalities, output.row_losses.tolist(), output.row_counts.tolist(), strict=False):
+        for source, kind, row_loss, row_count in zip(micro.sources, micro.modalities, output.document_losses.tolist(), output.document_counts.tolist(), strict=False):
             sums[source] = [have + new for have, new in zip(sums[source], (row_loss, row_count, 1.0), strict=True)]
             modality[kind] += 1
     return _record(engine, step, sums, modality, auxiliary, units, supervised, share)
@@ -118,7 +119,7 @@ def _check_finite(loss: torch.Tensor, output: Any, micro: MicroBatch, step: int)
     value = float(loss.detach())
     if math.isfinite(value):
         return
-    rows = [name for name, row in zip(micro.ids, output.row_losses.tolist(), strict=False) if not math.isfinite(row)]
+    rows = [name for name, row in zip(micro.ids, output.document_losses.tolist(), strict=False) if not math.isfinite(row)]
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     raise NumericsError(
         f"the loss is not finite on rank {rank} at step {step + 1}",
@@ -132,10 +133,3 @@ def _freeze_idle(model: torch.nn.Module) -> None:
     encoder: torch.nn.Module = model.encoder  # type: ignore[assignment]
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
         encoder.eval()
-
-
-def write_skipped(folder: Path, stage: str, step: int, skipped: list[dict[str, str]]) -> None:
-    """Add left-out samples to bad_samples.jsonl; step 0: when the source was opened."""
-    if skipped:
-        with open(folder / "bad_samples.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"stage": stage, "step": step} | entry) + "\n" for entry in skipped)

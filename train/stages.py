@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from vlm.configuration import VLMConfig
 from vlm.generate import prepare
 from vlm.initial import gathered
-from vlm.loading import build, first_model, form, read_generation, saved_model
+from vlm.loading import build, first_model, form, model_folder, read_generation, saved_model
 from vlm.model import VLM
 from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.train import checkpoint
+from vlm.train.bad import BadSamples
 from vlm.train.check import check_run
 from vlm.train.config import RunSpec
 from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
@@ -21,9 +24,11 @@ from vlm.train.folder import absolute, fingerprint, open_folder, run_folder, ste
 from vlm.train.forms import model_at, sources_of, stage_mixture
 from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
 from vlm.train.log import Log, draw_curve
-from vlm.train.loop import run_steps, write_skipped
+from vlm.train.loop import run_steps
+from vlm.train.memory import find_micro_batch
 from vlm.train.optim import adamw, plan
-from vlm.train.steps import StepData, accumulation, loader
+from vlm.train.start import started_model
+from vlm.train.steps import StepData, loader
 
 __all__ = ["fit", "whole_tensors"]
 
@@ -66,7 +71,7 @@ class _Stage:
         self.fingerprint = fingerprint(run)
         self.zero = int(self.stage.deepspeed.get("zero_optimization", {}).get("stage", 0))
         self.dtype = precision_of(run.precision, device, self.zero)
-        self.config = deepspeed_config(self.stage, accumulation(self.stage.batch, self.stage.micro_batch, ranks), self.dtype)
+        self.config = deepspeed_config(self.stage, self.dtype)
         tokenizer = load_tokenizer(run.model)
         self.spec = model_at(run, index)
         width = form(self.spec, 0).text_config.hidden_size
@@ -76,12 +81,10 @@ class _Stage:
     def _data(self, rank: int, ranks: int) -> StepData:
         stage, sources = self.stage, {name: self.run.data[name] for name in sources_of(self.stage)}
         readers = {name: spec.open() for name, spec in sources.items()}
-        if rank == 0:
-            write_skipped(self.folder, self.name, 0, [{"source": name, "reason": str(problem)} for name, reader in readers.items() for problem in getattr(reader, "bad", ())])
         return StepData(
             readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}), self.processor,
             skip=[name for name, spec in sources.items() if spec.on_bad == "skip"],
-            rank=rank, ranks=ranks, batch=stage.batch, micro_batch=stage.micro_batch, max_length=stage.max_length, too_long=stage.too_long,
+            rank=rank, ranks=ranks, micro_batch=1 if stage.micro_batch == "auto" else stage.micro_batch, max_length=stage.max_length, too_long=stage.too_long, pack=stage.pack,
         )  # fmt: skip
 
     def train(self) -> None:
@@ -101,6 +104,8 @@ class _Stage:
             (self.folder / f"ledger-{self.name}.json").write_text(json.dumps(ledger_rows(groups), indent=1), encoding="utf-8")
         check_ledger(groups, model, optimizer)
         engine = Engine(model, optimizer, self.config, self.device)
+        if self.stage.micro_batch == "auto":
+            self.data.micro_batch = find_micro_batch(engine, self.data, self.folder / f"micro_batch-{self.name}.json", self.log)
         torch.manual_seed(_seed(self.run.seed, self.index, self.rank + 1))
         if position is not None and found is not None:
             checkpoint.restore(found, engine, position, self.zero)
@@ -109,14 +114,23 @@ class _Stage:
 
     def _model(self, fresh: bool) -> VLM:
         model = self._built(fresh)
-        read_generation(model, self.run.model.llm)
+        llm = self.run.model.llm
+        read_generation(model, llm if self.run.start is None else replace(llm, path=str(model_folder(self.run.start)), weights="path"))
         return model
+
+    def _vocabulary(self) -> int:
+        """Rows that the embedding needs; a padded one that the run starts from keeps its own."""
+        if self.run.start is None:
+            return self.processor.vocabulary
+        return max(self.processor.vocabulary, VLMConfig.from_pretrained(model_folder(self.run.start)).text_config.vocab_size)
 
     def _built(self, fresh: bool) -> VLM:
         torch.manual_seed(_seed(self.run.seed, self.index, 0))
-        token, vocabulary = self.processor.image_token_id, self.processor.vocabulary
+        token, vocabulary = self.processor.image_token_id, self._vocabulary()
         if not fresh:
             return build(form(self.spec, token, vocabulary), self.config)
+        if self.index == 0 and self.run.start is not None:
+            return started_model(self.run.start, self.spec, token, self.config, vocabulary)
         if self.index == 0:
             return first_model(self.spec, token, self.config, vocabulary)
         before = list(self.run.stages)[self.index - 1]
@@ -134,9 +148,13 @@ class _Stage:
                 position = checkpoint.Position(self.index, done, before + done, engine.ranks, self.zero, self.fingerprint)
                 checkpoint.save(self.folder / "resume", engine, position, save.keep)
 
+        bad = BadSamples(self.folder, self.name, self.rank, self.run.bad_budget, self.data.mixture.samples)
+        bad.rewind(start)
+        dist.barrier()
+        bad.opened(self.data.readers)
         steps = loader(self.data, start, self.run.workers)
         run_steps(
-            engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, sources=sources_of(self.stage), log=self.log, folder=self.folder, after=after,
+            engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, sources=sources_of(self.stage), log=self.log, bad=bad, after=after,
         )  # fmt: skip
 
     def _save(self, model: VLM) -> None:

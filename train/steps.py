@@ -3,19 +3,25 @@
 import itertools
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.mixture import Mixture
+from vlm.data.packing import pack_rows
+from vlm.data.sample import Sample
 from vlm.errors import DataError, VLMError
-from vlm.llm.context import VISION, Unit
+from vlm.llm.context import Unit
 from vlm.processor import IGNORE, Row, VLMProcessor, collate
 
 __all__ = ["MicroBatch", "Step", "StepData", "accumulation", "loader"]
+
+REPLACEMENTS = 16
+"""Samples that are tried in the place of a bad one."""
 
 
 def accumulation(batch: int, micro_batch: int, ranks: int) -> int:
@@ -25,7 +31,7 @@ def accumulation(batch: int, micro_batch: int, ranks: int) -> int:
 
 @dataclass
 class MicroBatch:
-    """inputs: arguments of `VLM.forward`. supervised, units: what it counts, known on the host. ids, sources, modalities: of its rows."""
+    """inputs: arguments of `VLM.forward`. supervised, units: what it counts, known on the host. ids, sources, modalities: of its documents."""
 
     inputs: dict[str, Any]
     supervised: int
@@ -41,20 +47,29 @@ class MicroBatch:
 
 @dataclass
 class Step:
-    """This rank's part of a step. skipped: samples that were left out, with the reason. notes: how often what happened to samples."""
+    """This rank's part of a step. skipped: bad samples that others replace, with the reason. notes: how often what happened to samples."""
 
     number: int
     micro_batches: list[MicroBatch]
-    skipped: list[dict[str, str]] = field(default_factory=list)
-    notes: dict[str, int] = field(default_factory=dict)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+
+class _Taken(NamedTuple):
+    """What stands for a drawn sample. place: 0 the sample itself, else which of its replacements."""
+
+    row: Row
+    sample: Sample
+    place: int
 
 
 class StepData(Dataset[Step]):
-    """Step number -> Step, for one rank.
+    """Step number -> Step, for one rank. Every rank gets equally many micro-batches; one without samples holds an empty row, so that every rank calls the model equally often.
 
-    readers: name -> opened reader; skip: names of those whose bad samples are left out. Samples of a step are dealt to the ranks in an order of the step's own (sources that take turns would else
-    each fall to one rank); a rank sorts its share by length and cuts it into equally many micro-batches on every rank; one without samples holds an empty row, so that every rank calls the model
-    equally often.
+    Without `pack` samples are dealt to the ranks in an order of the step's own (sources that take turns would else each fall to one rank); a rank sorts its share by length, so that
+    rows of a forward have similar ones. With it every rank plans the rows of all ranks from the samples' lengths, and opens the pictures of its own only.
+
+    readers: name -> opened reader. skip: names of those whose bad samples are replaced: by others of the source, drawn from (seed, source, index) alone.
     """
 
     def __init__(
@@ -66,13 +81,13 @@ class StepData(Dataset[Step]):
         skip: Collection[str] = (),
         rank: int,
         ranks: int,
-        batch: int,
         micro_batch: int,
         max_length: int,
         too_long: str,
+        pack: int | None = None,
     ):
         self.readers, self.skip, self.mixture, self.processor = dict(readers), frozenset(skip), mixture, processor
-        self.rank, self.ranks, self.count = rank, ranks, accumulation(batch, micro_batch, ranks)
+        self.rank, self.ranks, self.micro_batch, self.pack = rank, ranks, micro_batch, pack
         self.max_length, self.too_long = max_length, too_long
 
     def __len__(self) -> int:
@@ -80,38 +95,105 @@ class StepData(Dataset[Step]):
 
     def __getitem__(self, number: int) -> Step:
         step = Step(number, [])
-        samples = self.mixture.step(number)
-        random.Random(number).shuffle(samples)
-        rows = [row for source, index in samples[self.rank :: self.ranks] if (row := self._row(source, index, step)) is not None]
-        rows.sort(key=len)
-        edges = [round(part * len(rows) / self.count) for part in range(self.count + 1)]
-        step.micro_batches = [self._micro_batch(rows[start:end]) for start, end in itertools.pairwise(edges)]
+        drawn = self.mixture.step(number)
+        random.Random(number).shuffle(drawn)
+        rows = self._packed(drawn, step) if self.pack else self._dealt(drawn, step)
+        step.notes = Counter(note for part in rows for pack in part for row in pack for note in row.notes)
+        step.micro_batches = [self.micro_batch_of(part) for part in rows]
         return step
 
-    def _row(self, source: str, index: int, step: Step) -> Row | None:
-        try:
-            row = self.processor.row(self.readers[source][index], max_length=self.max_length, too_long=self.too_long)
-        except DataError as problem:
-            if source not in self.skip:
-                raise
-            step.skipped.append({"source": source, "index": str(index), "reason": str(problem)})
-            return None
-        row.source = source
-        for note in row.notes:
-            step.notes[note] = step.notes.get(note, 0) + 1
-        return row
+    def _dealt(self, drawn: list[tuple[str, int]], step: Step) -> list[list[list[Row]]]:
+        """Micro-batches of rows of one document each."""
+        rows = [[self._take(source, index, step).row] for source, index in drawn[self.rank :: self.ranks]]
+        rows.sort(key=lambda row: len(row[0]))
+        return _parts(rows, accumulation(len(drawn), self.micro_batch, self.ranks))
 
-    def _micro_batch(self, rows: list[Row]) -> MicroBatch:
-        real = rows or [Row("", "", [self.processor.pad_id], [IGNORE], [0], [-1], [0], [0], [])]
-        types = [kind for row in rows for kind in row.types]
+    def _packed(self, drawn: list[tuple[str, int]], step: Step) -> list[list[list[Row]]]:
+        """Micro-batches of rows of several documents each.
+
+        A picture that turns out to be broken is known to this rank alone, and its replacement may be longer than the plan says: what has no room goes into a row more, since only the
+        number of micro-batches must agree.
+        """
+        assert self.pack is not None
+        sketches = [self._take(source, index, step, pixels=False) for source, index in drawn]
+        plan = pack_rows([len(sketch.row) for sketch in sketches], [sketch.row.vision for sketch in sketches], self.pack, self.ranks)[self.rank]
+        rows: list[list[Row]] = []
+        for documents in plan:
+            row: list[Row] = []
+            for document in documents:
+                whole = self._look(*drawn[document], sketches[document], step)
+                if sum(map(len, row)) + len(whole) <= self.pack:
+                    row.append(whole)
+                else:
+                    rows.append([whole])
+            rows.append(row)
+        return _parts(rows, max(1, math.ceil(len(plan) / self.micro_batch)))
+
+    def _take(self, source: str, index: int, step: Step, *, pixels: bool = True, place: int = 0) -> _Taken:
+        """A sample's row, or that of the first good one of those that are drawn to replace it. place: how many of them are known to be bad."""
+        for attempt in range(place, REPLACEMENTS + 1):
+            try:
+                sample = self.readers[source][self._candidate(source, index, attempt)]
+                row = self.processor.row(sample, max_length=self.max_length, too_long=self.too_long, pixels=pixels)
+            except DataError as problem:
+                if pixels or self.rank == 0:  # sketches are made on every rank
+                    self._note(problem, source, index, attempt, step)
+                elif source not in self.skip:
+                    raise
+                continue
+            row.source = source
+            row.notes += ("replacement",) * bool(attempt)
+            return _Taken(row, sample, attempt)
+        raise DataError(f"{source}: sample {index} and {REPLACEMENTS} that were drawn to replace it are all bad", cure="look at the source with `vlm data check`")
+
+    def _look(self, source: str, index: int, sketch: _Taken, step: Step) -> Row:
+        try:
+            self.processor.look(sketch.row, sketch.sample)
+        except DataError as problem:
+            self._note(problem, source, index, sketch.place, step)
+            return self._take(source, index, step, place=sketch.place + 1).row
+        return sketch.row
+
+    def _candidate(self, source: str, index: int, attempt: int) -> int:
+        return random.Random(f"{self.mixture.seed} {source} {index} {attempt}").randrange(len(self.readers[source])) if attempt else index
+
+    def _note(self, problem: DataError, source: str, index: int, attempt: int, step: Step) -> None:
+        if source not in self.skip:
+            raise problem
+        step.skipped.append({"source": source, "index": self._candidate(source, index, attempt), "kind": problem.kind, "reason": str(problem)})
+
+    def longest(self, steps: int = 8) -> tuple[list[Row], int]:
+        """The longest row of the first steps, with `pack` filled up to it, and how many rows a rank has in a step at most."""
+        step = Step(0, [])
+        drawn = [self.mixture.step(number) for number in range(min(steps, len(self)))]
+        taken = [(source, index, self._take(source, index, step, pixels=False)) for samples in drawn for source, index in samples]
+        source, index, sketch = max(taken, key=lambda one: len(one[2].row))
+        row = self._look(source, index, sketch, step)
+        if not self.pack:
+            return [row], math.ceil(len(drawn[0]) / self.ranks)
+        lengths, vision = ([measure(one.row) for *_, one in taken[: len(drawn[0])]] for measure in (len, lambda row: row.vision))
+        return [row] * max(1, self.pack // len(row)), len(pack_rows(lengths, vision, self.pack, self.ranks)[0])
+
+    def micro_batch_of(self, packs: Sequence[Sequence[Row]]) -> MicroBatch:
+        """Rows of one or several documents each; without any a row of one padding token."""
+        rows = [row for pack in packs for row in pack]
+        real = [Row.packed(pack) if len(pack) > 1 else pack[0] for pack in packs if pack]
+        real = real or [Row("", "", [self.processor.pad_id], [IGNORE], [0], [-1], [0], [0], [])]
+        tokens, vision = sum(len(row) for row in rows), sum(row.vision for row in rows)
         return MicroBatch(
             collate(real, pad_id=self.processor.pad_id),
             sum(row.supervised for row in rows),
-            {"token": len(types), "vision_token": types.count(VISION), "document": len(rows)},
+            {"token": tokens, "vision_token": vision, "document": len(rows)},
             [row.id for row in rows],
             [row.source for row in rows],
             ["vision" if row.images else "text" for row in rows],
         )
+
+
+def _parts(rows: list[list[Row]], count: int) -> list[list[list[Row]]]:
+    """Rows cut into `count` parts of nearly equal numbers."""
+    edges = [round(part * len(rows) / count) for part in range(count + 1)]
+    return [rows[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def loader(data: StepData, start: int, workers: int) -> Iterator[Step]:

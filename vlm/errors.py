@@ -21,8 +21,8 @@ class VLMError(Exception):
         return _rebuild, (type(self), self.what, self.got, self.expected, self.cure)
 
 
-def _rebuild(kind: type[VLMError], what: str, got: object, expected: object, cure: str | None) -> VLMError:
-    return kind(what, got=got, expected=expected, cure=cure)
+def _rebuild(cls: type[VLMError], what: str, got: object, expected: object, cure: str | None, more: dict[str, str] | None = None) -> VLMError:
+    return cls(what, got=got, expected=expected, cure=cure, **(more or {}))
 
 
 class ConfigurationError(VLMError):
@@ -30,7 +30,14 @@ class ConfigurationError(VLMError):
 
 
 class DataError(VLMError):
-    """A data file, a sample or a picture."""
+    """A data file, a sample or a picture. kind: what is wrong in a word or two, the same for all of its kind, for counting."""
+
+    def __init__(self, what: str, *, kind: str = "other", got: object = None, expected: object = None, cure: str | None = None):
+        super().__init__(what, got=got, expected=expected, cure=cure)
+        self.kind = kind
+
+    def __reduce__(self):
+        return _rebuild, (type(self), self.what, self.got, self.expected, self.cure, {"kind": self.kind})
 
 
 class CheckpointError(VLMError):

@@ -14,11 +14,11 @@ from vlm.config import links
 from vlm.configuration import VLMConfig
 from vlm.connectors.base import Connector
 from vlm.encoders.base import Encoder
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, ConfigurationError
 from vlm.features import Features, ImageInput
 from vlm.initial import gathered
 from vlm.llm import decoder as decoders
-from vlm.llm.base import AdaptationSpec
+from vlm.llm.base import AdaptationSpec, beside, check_claims, check_order
 from vlm.llm.context import Auxiliary, Keys, TokenContext
 from vlm.llm.head import finish_logits
 from vlm.splice import put_features, type_from_ids
@@ -32,7 +32,7 @@ IGNORE = -100
 class VLMOutput(ModelOutput):
     """What a pass gives.
 
-    loss_sum: summed cross entropy of the supervised tokens (float32, a scalar). count: how many. row_losses, row_counts: (B,) the same per row, without a graph.
+    loss_sum: summed cross entropy of the supervised tokens (float32, a scalar). count: how many. document_losses, document_counts: the same per document, without a graph.
     auxiliary: losses by name and layer. logits: (B, S, V), only where they were asked for.
     loss = loss_sum / count + the auxiliary losses over this call's units, as users of Auto classes expect.
     """
@@ -41,8 +41,8 @@ class VLMOutput(ModelOutput):
     logits: Tensor | None = None
     loss_sum: Tensor | None = None
     count: Tensor | None = None
-    row_losses: Tensor | None = None
-    row_counts: Tensor | None = None
+    document_losses: Tensor | None = None
+    document_counts: Tensor | None = None
     auxiliary: dict[tuple[str, int], Auxiliary] | None = None
     past_key_values: Any = None
     context: TokenContext | None = None
@@ -66,8 +66,11 @@ class VLM(PreTrainedModel, GenerationMixin):
         self.chain = links(spec.encoder, spec.connector, config.text_config.hidden_size)
         self.reads = self.chain[0][0].reads(self.chain[0][1])
         self.connector = nn.ModuleDict({link_name(index, part.use): part.build(spec.encoder, link) for index, (part, link) in enumerate(self.chain)})
-        self.llm: PreTrainedModel = decoders.build_decoder(config.text_config, list(spec.adapt.values()))
-        self._tied_weights_keys = {f"llm.{key}": f"llm.{value}" for key, value in (self.llm._tied_weights_keys or {}).items()} if config.text_config.tie_word_embeddings else {}
+        self.llm: PreTrainedModel = decoders.build_decoder(config.text_config)
+        for adaptation in decoders.in_order(list(spec.adapt.values())):
+            adaptation.build(self.part(adaptation), decoders.scope(self.llm))
+            adaptation.release(self.part(adaptation))
+        self.name_tied()
         self.post_init()
 
     # ---- the data's way ------------------------------------------------------------------------------------------------
@@ -108,6 +111,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         document_ids: Tensor | None = None,
         picture_ids: Tensor | None = None,
         branch_ids: Tensor | None = None,
+        documents: int | None = None,
         plain: bool = False,
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
@@ -120,7 +124,7 @@ class VLM(PreTrainedModel, GenerationMixin):
             attention_mask: (B, P + S), 1 = token, 0 = padding; P cached tokens.
             labels: (B, S), -100 where nothing is supervised. images: pictures in reading order, row by row.
             mm_token_type_ids: (B, S), 0 text, 1 picture; default: where the placeholder stands. document_ids: (B, S), -1 = padding; default: one document per row.
-            picture_ids, branch_ids: (B, S), see TokenContext. plain: known on the host: every row is one document, padded on the right or not at all, so that causality alone is the mask. position_ids: (B, S), restarting per document.
+            documents: how many there are, known on the host; default: one per row. picture_ids, branch_ids: (B, S), see TokenContext. plain: known on the host: every row is one document, padded on the right or not at all, so that causality alone is the mask. position_ids: (B, S), restarting per document.
             logits_to_keep: logits of the last so many positions, 0 for all; default: all without labels, none with them.
         """
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
@@ -135,7 +139,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         context = self.context(inputs_embeds, past, attention_mask, position_ids, mm_token_type_ids, document_ids, picture_ids, branch_ids, bool(images), plain)
         output = decoders.stack(self.llm)(
             inputs_embeds=inputs_embeds,
-            attention_mask=None if context.plain and not context.additive else context.mask(),
+            attention_mask=context.attention(None)["attention_mask"],
             position_ids=context.position,
             past_key_values=past_key_values,
             use_cache=bool(use_cache) if use_cache is not None else past_key_values is not None,
@@ -144,7 +148,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         hidden = output.last_hidden_state
         result = VLMOutput(past_key_values=output.past_key_values, context=context)
         if labels is not None:
-            self._add_loss(result, hidden, labels)
+            self._add_loss(result, hidden, labels, documents if documents is not None else len(labels))
         if labels is None or logits_to_keep is not None:
             result.logits = finish_logits(self.get_output_embeddings()(hidden[:, -(logits_to_keep or 0) :]), self.config.text_config)
         return result
@@ -165,6 +169,9 @@ class VLM(PreTrainedModel, GenerationMixin):
         """The facts of this call's tokens, completed where the caller left some out."""
         rows, length = embeddings.shape[:2]
         device = embeddings.device
+        attention = self.llm.config._attn_implementation
+        if branch_ids is not None and decoders.is_varlen(attention):
+            raise ConfigurationError("independent questions need a mask that flash attention cannot express", got=f"llm.attention {attention}", cure="set llm.attention: sdpa")
         index = torch.arange(past, past + length, device=device).expand(rows, -1)
         plain = past == 0 and (plain or (branch_ids is None and attention_mask is None and document_ids is None))
         whole = attention_mask if attention_mask is not None else torch.ones(rows, past + length, dtype=torch.int64, device=device)
@@ -190,20 +197,21 @@ class VLM(PreTrainedModel, GenerationMixin):
             keys=keys,
             plain=plain,
             has_vision=has_vision,
-            additive=self.llm.config._attn_implementation == "eager",
+            additive=attention == "eager",
+            varlen=decoders.is_varlen(attention),
             dtype=embeddings.dtype,
         )
 
-    def _add_loss(self, result: VLMOutput, hidden: Tensor, labels: Tensor) -> None:
+    def _add_loss(self, result: VLMOutput, hidden: Tensor, labels: Tensor, documents: int) -> None:
         targets = labels[:, 1:]
         supervised = targets != IGNORE
         losses = self.get_output_embeddings()(hidden[:, :-1][supervised], targets[supervised])
         loss_sum, count = losses.sum(), supervised.sum()
         result.loss_sum, result.count = loss_sum, count
-        row = torch.arange(len(labels), device=labels.device)[:, None].expand_as(targets)[supervised]
-        result.row_losses = losses.new_zeros(len(labels)).index_add_(0, row, losses.detach())
-        result.row_counts = supervised.sum(1)
         assert result.context is not None
+        document = result.context.document[:, 1:][supervised]
+        result.document_losses = losses.new_zeros(documents).index_add_(0, document, losses.detach())
+        result.document_counts = torch.zeros(documents, dtype=torch.int64, device=labels.device).index_add_(0, document, torch.ones_like(document))
         result.auxiliary, units = result.context.losses, result.context.units() if result.context.losses else {}
         extra = [one.coefficient * one.sum / units[one.unit].clamp(min=1) for one in result.auxiliary.values()]
         result.loss = sum(extra, loss_sum / count.clamp(min=1))
@@ -242,13 +250,31 @@ class VLM(PreTrainedModel, GenerationMixin):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         super().initialize_weights()
 
+    def name_tied(self) -> None:
+        """Tell transformers which tensors are one. Called again when a module with such a tensor got another name."""
+        self._tied_weights_keys = {f"llm.{key}": f"llm.{value}" for key, value in self.llm.get_expanded_tied_weights_keys().items()}
+        self.all_tied_weights_keys = dict(self._tied_weights_keys)
+
+    def part(self, adaptation: AdaptationSpec) -> nn.Module:
+        """The module that an adaptation changes."""
+        return cast(nn.Module, getattr(self, adaptation.part))
+
     def add(self, name: str, adaptation: AdaptationSpec) -> None:
-        """Build an adaptation into the decoder of a model whose weights are loaded, and give its first values."""
-        adaptation.build(self.llm, decoders.scope(self.llm))
-        with gathered(self.llm.parameters()):
-            adaptation.initialise(self.llm)
-        self.config.adapt = {**self.config.adapt, name: to_plain(adaptation)}
+        """Build an adaptation into its part of a model whose weights are loaded, and give its first values. Raises ConfigurationError where it gets in the way of one that is there."""
+        together = {**self.spec.adapt, name: adaptation}
+        check_order(together)
+        check_claims({known: spec.plan(self.config.text_config) for known, spec in together.items()})
+        part = self.part(adaptation)
+        adaptation.build(part, decoders.scope(self.llm))
+        with gathered(part.parameters()):
+            adaptation.initialise(part)
+        if brought := adaptation.projector():
+            from vlm.loading import load_tensors
+
+            load_tensors(self.parts()[0], brought.items(), source=f"what the adaptation {name} brings for the connector")
+        self.config.adapt = {**self.config.adapt, name: to_plain(adaptation.form())}
         self.spec = self.config.spec()
+        self.name_tied()
 
     def add_all(self, adaptations: Mapping[str, AdaptationSpec]) -> None:
         """Add several, in the order in which a checkpoint's model is built."""
@@ -257,10 +283,14 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Every parameter of the model under one path: encoder..., connector.NAME..., llm...."""
-        parts: list[tuple[str, dict[str, list[nn.Parameter]]]] = [("encoder", self.encoder.groups())]
-        parts += [(f"connector.{name}", part.groups()) for name, part in zip(self.connector, self.parts(), strict=True)]
-        parts += [("llm", decoders.groups(self.llm, list(self.spec.adapt.values())))]
-        return {f"{prefix}.{path}".rstrip("."): found for prefix, groups in parts for path, found in groups.items() if found}
+        own: dict[str, dict[str, list[nn.Parameter]]] = {
+            "encoder": self.encoder.groups(),
+            "connector": {f"{name}.{path}".rstrip("."): found for name, link in zip(self.connector, self.parts(), strict=True) for path, found in link.groups().items()},
+            "llm": decoders.groups(self.llm),
+        }
+        adaptations = decoders.in_order(list(self.spec.adapt.values()))
+        whole = {part: beside(groups, [spec.groups(self.part(spec)) for spec in adaptations if spec.part == part]) for part, groups in own.items()}
+        return {f"{part}.{path}".rstrip("."): found for part, groups in whole.items() for path, found in groups.items() if found}
 
     def unused(self) -> list[nn.Parameter]:
         """Parameters kept for a checkpoint's sake: no gradient ever reaches them."""

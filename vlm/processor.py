@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vlm.config import ModelSpec, links
+from vlm.config import ModelSpec, links, picture_tokens, typical_size
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.encoders.base import Mode
 from vlm.errors import CheckpointError, DataError
 from vlm.features import ImageInput, TokenLayout
-from vlm.images import LIMITS, apply_policy, open_picture
+from vlm.images import LIMITS, apply_policy, open_picture, upright_size
 from vlm.llm.context import TEXT, VISION
 from vlm.prompt import GIVEN_UP, PICTURE, Encoded, Prompt, PromptSpec
 from vlm.weights.files import find_folder
@@ -51,10 +52,10 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
 
 @dataclass
 class Row:
-    """One document, ready for a batch; lists over its tokens.
+    """One document, or several packed, ready for a batch; lists over its tokens.
 
     ids: placeholder expanded. labels: IGNORE where not supervised. types: TEXT or VISION. pictures: index of the row's picture, -1 = none. branches: 0 trunk. positions: restart behind the trunk.
-    notes: what should be counted.
+    notes: what should be counted. documents: index of the row's document; only a packed row has several.
     """
 
     id: str
@@ -67,9 +68,30 @@ class Row:
     positions: list[int]
     images: list[ImageInput]
     notes: tuple[str, ...] = ()
+    documents: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.documents = self.documents or [0] * len(self.ids)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def vision(self) -> int:
+        """Tokens of pictures."""
+        return self.types.count(VISION)
+
+    @classmethod
+    def packed(cls, rows: Sequence["Row"]) -> "Row":
+        """Documents one after another in one row. Nothing predicts the first token of a document, whatever stands before it."""
+        whole = cls("", "", [], [], [], [], [], [], [])
+        for number, row in enumerate(rows):
+            whole.pictures += [picture if picture < 0 else picture + len(whole.images) for picture in row.pictures]
+            whole.labels += [IGNORE, *row.labels[1:]]
+            whole.documents += [number] * len(row)
+            for name in ("ids", "types", "branches", "positions", "images"):
+                getattr(whole, name).extend(getattr(row, name))
+        return whole
 
     @property
     def supervised(self) -> int:
@@ -98,6 +120,7 @@ class VLMProcessor:
         self.prompt = Prompt(prompt, tokenizer)
         self.policy, self.official_pictures = policy, official_pictures
         self._chain = links(model.encoder, model.connector, width)
+        self._every_picture = typical_size(model.encoder) if picture_tokens(model, width, policy)[1] else None
 
     # ---- pictures ------------------------------------------------------------------------------------------------------
 
@@ -120,6 +143,11 @@ class VLMProcessor:
         image = apply_policy(self.policy, image, mean=getattr(encoder, "mean", None), size=getattr(encoder, "size", None), official=self.official_pictures)
         return ImageInput(encoder.preprocess(image, mode), *size, self.layout(*size, mode))
 
+    def sketch(self, picture: Picture, mode: Mode = "infer", where: str = "") -> ImageInput:
+        """A picture without pixels: its size, from the file's header, and its layout. Where all pictures have one layout nothing is opened, and the size is the encoder's own."""
+        size = self._every_picture or upright_size(_bytes(picture, where), where=where)
+        return ImageInput({}, *size, self.layout(*size, mode))
+
     def _policy_size(self, width: int, height: int) -> tuple[int, int]:
         if self.policy == "pad":
             return max(width, height), max(width, height)
@@ -130,12 +158,13 @@ class VLMProcessor:
 
     # ---- rows ----------------------------------------------------------------------------------------------------------
 
-    def row(self, sample: Sample, *, mode: Mode = "train", generate: bool = False, max_length: int | None = None, too_long: str = "cut") -> Row:
-        """One sample as a row; generate: it ends in the prompt for the next answer.
+    def row(self, sample: Sample, *, mode: Mode = "train", generate: bool = False, max_length: int | None = None, too_long: str = "cut", pixels: bool = True) -> Row:
+        """One sample as a row; generate: it ends in the prompt for the next answer. pixels: without them the pictures are sketches, until `look` opens them.
 
         Raises DataError where a row is longer than max_length and too_long is "error", where one picture does not fit, where nothing is left to read, or where a training row has nothing supervised.
         """
-        images = [self.see(picture, mode, _where(sample)) for picture in sample.pictures]
+        see = self.see if pixels else self.sketch
+        images = [see(picture, mode, _where(sample)) for picture in sample.pictures]
         if sample.independent and not generate:
             parts = self._branches(sample, max_length)
         else:
@@ -154,6 +183,10 @@ class VLMProcessor:
                 cure="raise max_length, or leave the sample out" if len(row) < needed else "add an answer, or leave the sample out",
             )
         return row
+
+    def look(self, row: Row, sample: Sample, *, mode: Mode = "train") -> None:
+        """Open the pictures of a row that was made without pixels. Raises DataError."""
+        row.images = [self.see(picture, mode, _where(sample)) for picture in sample.pictures[: len(row.images)]]
 
     def _branches(self, sample: Sample, max_length: int | None) -> list[Encoded]:
         """The trunk that all question-answer pairs share, then each pair's own part: every pair is encoded as a conversation of its own, what they have in common is the trunk.
@@ -207,6 +240,7 @@ class VLMProcessor:
                 row.types += [VISION if index == PICTURE else TEXT] * count
                 row.pictures += [seen if index == PICTURE else -1] * count
                 row.branches += [branch] * count
+                row.documents += [0] * count
                 row.positions += range(start, start + count)
                 start += count
                 seen += index == PICTURE
@@ -337,17 +371,20 @@ def collate(rows: Sequence[Row], *, pad_id: int, left: bool = False) -> dict[str
     def table(columns: Sequence[Sequence[int]], fill: int) -> Tensor:
         return torch.tensor([padded(values, fill) for values in columns], dtype=torch.int64)
 
-    before = [sum(len(row.images) for row in rows[:index]) for index in range(len(rows))]
+    pictures = list(accumulate((len(row.images) for row in rows), initial=0))
+    documents = list(accumulate((max(row.documents) + 1 for row in rows), initial=0))
+    branched = any(any(row.branches) for row in rows)
     batch: dict[str, Any] = {
         "input_ids": table([row.ids for row in rows], pad_id),
         "labels": table([row.labels for row in rows], IGNORE),
         "mm_token_type_ids": table([row.types for row in rows], TEXT),
-        "document_ids": table([[index] * len(row) for index, row in enumerate(rows)], -1),
-        "plain": not left and not any(row.branches[-1] for row in rows),
-        "picture_ids": table([[p if p < 0 else p + start for p in row.pictures] for row, start in zip(rows, before, strict=True)], -1),
+        "document_ids": table([[document + start for document in row.documents] for row, start in zip(rows, documents, strict=False)], -1),
+        "documents": documents[-1],
+        "plain": not left and not branched and documents[-1] == len(rows),
+        "picture_ids": table([[p if p < 0 else p + start for p in row.pictures] for row, start in zip(rows, pictures, strict=False)], -1),
         "position_ids": table([row.positions for row in rows], 0),
         "images": [image for row in rows for image in row.images],
     }
-    if any(row.branches[-1] for row in rows):
+    if branched:
         batch["branch_ids"] = table([row.branches for row in rows], 0)
     return batch

@@ -50,7 +50,7 @@ def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: to
     stage = run.stages["instruct"]
     tokenizer = load_tokenizer(run.model)
     processor = VLMProcessor(run.model, 32, tokenizer, stage.prompt)
-    config = deepspeed_config(stage, 2 if ranks == 2 else accumulate, torch.float32) | {"gradient_clipping": 0.0}
+    config = deepspeed_config(stage, torch.float32) | {"gradient_clipping": 0.0}
     torch.manual_seed(0)
     model = first_model(run.model, processor.image_token_id, config)
     tree = {"encoder": 1.0, "connector": 1.0, "llm": 1.0}
@@ -104,6 +104,7 @@ def main(root: Path, out: Path, zero: int) -> None:
             sgd_step(root, out / str(accumulate), zero, rank, ranks, device, accumulate)
     interrupted(root, out, zero)
     vlm.fit(compose(root, zero, *CURVE, f"runs={out}", "name=curve"))
+    vlm.fit(compose(root, zero, *CURVE, f"runs={out}", "name=packed", "every_stage.pack=120", "every_stage.max_length=120", "every_stage.micro_batch=1"))
     extension = Path(__file__).parents[1] / "extension" / "run.yaml"
     if zero in (0, 3):
         vlm.fit(vlm.compose(str(extension), f"data_root={root}", f"runs={out}", "name=extension", f"every_stage.deepspeed=zero{zero}"))

@@ -218,8 +218,8 @@ def test_branched_equals_separate(family: str, questions: str, pictures: list[Pi
     assert branched.count == separate.count
     assert abs(branched.loss_sum - separate.loss_sum) <= 1e-6 * separate.loss_sum
     mixed = _loss(model, [rows[0], row, one.row(sample(user("Hello!"), says("Hello!")))])
-    assert mixed.row_losses is not None
-    assert abs(mixed.row_losses[1] - branched.loss_sum) <= 1e-6 * branched.loss_sum
+    assert mixed.document_losses is not None
+    assert abs(mixed.document_losses[1] - branched.loss_sum) <= 1e-6 * branched.loss_sum
 
 
 def _loss(model: VLM, rows: list[Row]) -> Any:

@@ -69,6 +69,7 @@ def test_one_rank_equals_two(root: Path, one: Path, tmp_path: Path, zero: int) -
     assert all(torch.equal(whole[name], cut[name]) for name in whole), "interrupted = uninterrupted, bit for bit"
     assert losses(two / "whole") == losses(two / "cut")
     assert losses(two / "curve") == pytest.approx(losses(one / "curve"), abs=1e-4)
+    assert losses(two / "packed") == pytest.approx(losses(one / "curve"), abs=1e-4), "packed = unpacked, in steps of differently many micro-batches"
     modalities = [record["modality"] for record in records(two / "curve") if record["stage"] == "instruct"]
     assert all(found == entry["modality"] for found, entry in zip(modalities, (r for r in records(one / "curve") if r["stage"] == "instruct"), strict=True))
     if zero in (0, 3):

@@ -22,7 +22,7 @@ import vlm
 from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.data.mixture import Mixture
-from vlm.data.sample import Sample, Turn
+from vlm.data.sample import Picture, Sample, Turn
 from vlm.encoders.clip import CLIPSpec
 from vlm.errors import DataError
 from vlm.llm.head import adapt_head
@@ -53,15 +53,15 @@ class HeadOnly(nn.Module):
         return self.head
 
     def forward(self, hidden: Tensor, labels: Tensor) -> VLMOutput:
-        result = VLMOutput(context=SimpleNamespace(losses={}))  # type: ignore[arg-type]
-        VLM._add_loss(self, result, hidden, labels)  # type: ignore[arg-type]
+        result = VLMOutput(context=SimpleNamespace(losses={}, document=torch.arange(len(labels))[:, None].expand_as(labels)))  # type: ignore[arg-type]
+        VLM._add_loss(self, result, hidden, labels, len(labels))  # type: ignore[arg-type]
         return result
 
 
-def engine_of(model: nn.Module, accumulate: int, rate: float = 0.5) -> Engine:
+def engine_of(model: nn.Module, rate: float = 0.5) -> Engine:
     *_, device = connect()
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr": rate, "peak": rate, "path": "head"}])
-    return Engine(model, optimizer, deepspeed_config(STAGE, accumulate, torch.float32) | {"gradient_clipping": 0.0}, device)
+    return Engine(model, optimizer, deepspeed_config(STAGE, torch.float32) | {"gradient_clipping": 0.0}, device)
 
 
 def micro_batch(hidden: Tensor, labels: Tensor) -> MicroBatch:
@@ -90,7 +90,7 @@ def tail_case(w: Tensor, x: Tensor, y: Tensor, counts: list[int]) -> tuple[list[
     micros = [classified(a, b) for a, b in zip(x.split(counts), y.split(counts), strict=True)]
     micros.append(classified(torch.zeros(1, x.shape[1]), torch.full((1,), IGNORE)))
     model = HeadOnly(w)
-    records = steps_of(engine_of(model, 2), [micros[0:2], micros[2:4], micros[4:6]])
+    records = steps_of(engine_of(model), [micros[0:2], micros[2:4], micros[4:6]])
     return records, model.head.weight.detach()
 
 
@@ -121,7 +121,7 @@ def test_field_accumulation_tail(field_folder: Path) -> None:
 def halves(logits: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Rows 0-1 and 2-3 as two micro-batches of a step; logits (4, S, V) through an identity head. Returns the loss and the head's gradient."""
     model = HeadOnly(torch.eye(logits.shape[-1]))
-    engine = engine_of(model, 2, rate=1.0)
+    engine = engine_of(model, rate=1.0)
     record = steps_of(engine, [[micro_batch(logits[:2], labels[:2]), micro_batch(logits[2:], labels[2:])]])[0]
     return record["loss"], torch.eye(logits.shape[-1]) - model.head.weight.detach()
 
@@ -152,7 +152,7 @@ def test_field_zero_supervised(field_folder: Path) -> None:
 
 def test_a_step_without_any_target_stops() -> None:
     nothing = torch.full((2, 4), IGNORE)
-    engine = engine_of(HeadOnly(torch.eye(3)), 1)
+    engine = engine_of(HeadOnly(torch.eye(3)))
     with pytest.raises(DataError, match=r"step 1 has no supervised token on any rank.*max_length"):
         steps_of(engine, [[micro_batch(torch.randn(2, 4, 3), nothing)]])
 
@@ -161,16 +161,16 @@ def test_a_step_without_any_target_stops() -> None:
 
 
 class Talks:
-    """A reader of text-only samples of unequal lengths; every `bad`th is broken."""
+    """A reader of text-only samples of unequal lengths; of every `bad` samples number `only` is broken."""
 
-    def __init__(self, name: str, size: int, bad: int = 0):
-        self.name, self.size, self.bad = name, size, bad
+    def __init__(self, name: str, size: int, bad: int = 0, only: int = 1):
+        self.name, self.size, self.bad, self.only = name, size, bad, only
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
-        if self.bad and index % self.bad == 1:
+        if self.bad and index % self.bad == self.only:
             raise DataError(f"{self.name}.json, sample {index}: broken")
         words = " ".join(["word"] * (1 + (7 * index) % 23))
         return Sample(f"{self.name}{index}", (Turn("user", (words,)), Turn("assistant", ("yes",), True)), self.name, f"{self.name}.json, sample {index}")
@@ -183,11 +183,20 @@ def processor() -> VLMProcessor:
 
 
 def data(
-    processor: VLMProcessor, rank: int = 0, ranks: int = 1, batch: int = 7, micro_batch: int = 2, bad: int = 0, skip: tuple[str, ...] = (), weights: Any = None, seed: int = 3
+    processor: VLMProcessor,
+    rank: int = 0,
+    ranks: int = 1,
+    batch: int = 7,
+    micro_batch: int = 2,
+    bad: int = 0,
+    skip: tuple[str, ...] = (),
+    weights: Any = None,
+    seed: int = 3,
+    pack: int | None = None,
 ) -> StepData:
     readers = {"one": Talks("one", 19, bad), "two": Talks("two", 11)}
     mixture = Mixture({name: len(reader) for name, reader in readers.items()}, weights, batch, seed, 0, epochs=1.0)
-    return StepData(readers, mixture, processor, skip=skip, rank=rank, ranks=ranks, batch=batch, micro_batch=micro_batch, max_length=256, too_long="cut")
+    return StepData(readers, mixture, processor, skip=skip, rank=rank, ranks=ranks, micro_batch=micro_batch, max_length=256, too_long="cut", pack=pack)
 
 
 def ids(step: Step) -> list[str]:
@@ -204,7 +213,7 @@ def test_the_ranks_together_hold_the_step(processor: VLMProcessor, ranks: int, b
     for number in (0, len(whole) // 2, len(whole) - 1):
         steps, expected = [part[number] for part in parts], whole[number]
         assert sorted(name for step in steps for name in ids(step)) == sorted(ids(expected)) == sorted(f"{source}{index}" for source, index in whole.mixture.step(number))
-        assert {len(step.micro_batches) for step in steps} == {accumulation(batch, micro, ranks)}
+        assert {len(step.micro_batches) for step in steps} == {accumulation(len(ids(expected)), micro, ranks)}
         assert sum(m.supervised for step in steps for m in step.micro_batches) == sum(m.supervised for m in expected.micro_batches) > 0
         assert sum(m.units["document"] for step in steps for m in step.micro_batches) == len(ids(expected))
         for step in steps:
@@ -240,27 +249,100 @@ def test_sources_that_take_turns_reach_every_rank(processor: VLMProcessor) -> No
         assert {micro_source for number in range(len(part)) for micro in part[number].micro_batches for micro_source in micro.sources} == {"one", "two"}
 
 
-def test_bad_samples_stop_or_are_left_out_with_the_reason(processor: VLMProcessor) -> None:
+@pytest.mark.parametrize("pack", [None, 300])
+def test_bad_samples_stop_or_are_replaced_with_the_reason(processor: VLMProcessor, pack: int | None) -> None:
     with pytest.raises(DataError, match=r"one\.json, sample \d+: broken"):
-        [data(processor, bad=4)[number] for number in range(5)]
+        [data(processor, bad=4, pack=pack)[number] for number in range(5)]
     with pytest.raises(DataError, match="broken"):
-        [data(processor, bad=4, skip=("two",))[number] for number in range(5)]
-    parts = [data(processor, rank, 2, bad=4, skip=("one",)) for rank in range(2)]
+        [data(processor, bad=4, skip=("two",), pack=pack, rank=1, ranks=2)[number] for number in range(5)]
+    whole = data(processor, bad=4, skip=("one",), pack=pack)
+    parts = [data(processor, rank, 2, bad=4, skip=("one",), pack=pack) for rank in range(2)]
     steps = [part[number] for part in parts for number in range(len(part))]
     listed = [entry for step in steps for entry in step.skipped]
-    assert sorted(int(entry["index"]) for entry in listed) == [1, 5, 9, 13, 17]
-    assert all(entry["source"] == "one" and f"sample {entry['index']}: broken" in entry["reason"] for entry in listed)
-    assert len([name for step in steps for name in ids(step)]) == 30 - 5
-    assert {len(step.micro_batches) for step in steps} == {2}
+    assert {1, 5, 9, 13, 17} == {entry["index"] for entry in listed} and all(entry["index"] % 4 == 1 for entry in listed)
+    assert all(entry["source"] == "one" and entry["kind"] == "other" and f"sample {entry['index']}: broken" in entry["reason"] for entry in listed)
+    assert sorted(name for step in steps for name in ids(step)) == sorted(name for number in range(len(whole)) for name in ids(whole[number]))  # the ranks do not matter
+    assert len([name for step in steps for name in ids(step)]) == 30
+    assert sum(step.notes.get("replacement", 0) for step in steps) == 5
+
+
+def test_a_source_of_bad_samples_only_stops(processor: VLMProcessor) -> None:
+    part = data(processor, skip=("one",))
+    part.readers["one"] = Talks("one", 19, bad=1, only=0)
+    with pytest.raises(DataError, match=r"one: sample \d+ and 16 that were drawn to replace it are all bad"):
+        [part[number] for number in range(5)]
+
+
+class Pictures(Talks):
+    """The same with a picture each; that of `cut` has a whole header and half a body."""
+
+    def __init__(self, folder: Path, cut: int):
+        super().__init__("one", 19)
+        self.folder, self.cut = folder, cut
+        for index in range(19):
+            tiny.picture(seed=index).save(folder / f"{index}.png")
+        half = (folder / f"{cut}.png").read_bytes()
+        (folder / f"{cut}.png").write_bytes(half[: len(half) * 2 // 3])
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        return replace(sample, turns=(Turn("user", (Picture(str(self.folder / f"{index}.png")), *sample.turns[0].parts)), sample.turns[1]))
+
+
+def test_a_picture_found_broken_after_planning_is_replaced(processor: VLMProcessor, tmp_path: Path) -> None:
+    parts = [data(processor, rank, 2, skip=("one",), pack=180) for rank in range(2)]
+    whole = data(processor, skip=("one",))
+    for part in (*parts, whole):
+        part.readers["one"] = Pictures(tmp_path, 7)
+        part.max_length = 180
+    for number in range(len(whole)):
+        steps = [part[number] for part in parts]
+        assert sorted(name for step in steps for name in ids(step)) == sorted(ids(whole[number]))
+        assert len({len(step.micro_batches) for step in steps}) == 1
+        assert all(m.inputs["input_ids"].shape[1] <= 180 for step in steps for m in step.micro_batches)
+        assert sum(len(step.skipped) for step in steps) == len(whole[number].skipped)
+    assert sum(len(whole[number].skipped) for number in range(len(whole))) == 1
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("pack", [180, 300, 1000])
+def test_packed_ranks_hold_the_step_in_equally_many_micro_batches(processor: VLMProcessor, ranks: int, pack: int) -> None:
+    parts = [data(processor, rank, ranks, 12, 2, pack=pack) for rank in range(ranks)]
+    for number in range(len(parts[0])):
+        steps, drawn = [part[number] for part in parts], parts[0].mixture.step(number)
+        assert sorted(name for step in steps for name in ids(step)) == sorted(f"{source}{index}" for source, index in drawn)
+        assert len({len(step.micro_batches) for step in steps}) == 1
+        for micro in (micro for step in steps for micro in step.micro_batches):
+            rows, length = micro.inputs["input_ids"].shape
+            assert rows <= 2 and length <= pack
+            assert micro.inputs["documents"] == max(1, len(micro.ids)) and micro.inputs["plain"] is (rows == micro.inputs["documents"])
+        total = sum(m.units["token"] for step in steps for m in step.micro_batches)
+        assert total == sum(len(processor.row(parts[0].readers[source][index])) for source, index in drawn)
+
+
+def test_a_packed_row_is_its_documents(processor: VLMProcessor) -> None:
+    rows = [processor.row(Talks("one", 19)[index]) for index in range(3)]
+    rows[1].labels[0] = rows[1].ids[0]  # a prompt that supervises its first token: nothing predicts it
+    batch = collate([Row.packed(rows), rows[0]], pad_id=processor.pad_id)
+    length, first = sum(map(len, rows)), batch["document_ids"][0]
+    assert first.tolist() == [0] * len(rows[0]) + [1] * len(rows[1]) + [2] * len(rows[2])
+    assert batch["document_ids"][1].tolist() == [3] * len(rows[0]) + [-1] * (length - len(rows[0]))
+    assert batch["position_ids"][0].tolist() == [place for row in rows for place in range(len(row))]
+    assert batch["input_ids"][0].tolist() == [index for row in rows for index in row.ids]
+    assert (batch["labels"][0] != IGNORE).sum() == sum(row.supervised for row in rows)
 
 
 def test_what_happened_to_samples_is_counted(processor: VLMProcessor) -> None:
     part = data(processor)
-    part.max_length = 20
-    lengths = [len(processor.row(Talks("one", 19)[index])) for index in range(19)] + [len(processor.row(Talks("two", 11)[index])) for index in range(11)]
-    part.skip = frozenset(("one", "two"))  # cut rows without an answer left
+    whole = {f"{name}{index}": len(processor.row(Talks(name, size)[index])) for name, size in (("one", 19), ("two", 11)) for index in range(size)}
+    part.max_length = max(whole.values()) - 1
+    part.skip = frozenset(("one", "two"))  # a cut row may have no answer left
     steps = [part[number] for number in range(len(part))]
-    assert sum(step.notes.get("cut", 0) + len(step.skipped) for step in steps) == sum(length > 20 for length in lengths) > 0
+    counted = sum(step.notes.get("cut", 0) for step in steps) + len({(entry["source"], entry["index"]) for step in steps for entry in step.skipped})
+    assert counted >= sum(length > part.max_length for length in whole.values()) > 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

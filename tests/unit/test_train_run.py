@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import vlm
-from vlm.errors import CheckpointError, ConfigurationError, DataError, NumericsError, VLMError
-from vlm.train import checkpoint, stages
+from vlm.errors import CheckpointError, ConfigurationError, DataError, EnvironmentProblem, NumericsError, VLMError
+from vlm.train import checkpoint, memory, stages
 from vlm.train.optim import Group
 
 
@@ -181,16 +181,20 @@ def test_a_missing_picture_is_named(root: Path, tmp_path: Path) -> None:
         run(root, tmp_path, "missing", f"data.captions.file={root}/broken.json", "every_stage.steps=null", "every_stage.epochs=1")
 
 
-def test_bad_samples_are_left_out_counted_and_listed(root: Path, tmp_path: Path) -> None:
+def test_bad_samples_are_replaced_counted_and_listed_within_the_budget(root: Path, tmp_path: Path) -> None:
     rows = json.loads((root / "align.json").read_text())
     (root / "img" / "cut.png").write_bytes((root / "img" / "0.png").read_bytes()[:40])
     rows[3]["image"] = "img/cut.png"
     (root / "cut.json").write_text(json.dumps(rows))
-    folder = run(root, tmp_path, "skip", f"data.captions.file={root}/cut.json", "data.captions.on_bad=skip", "every_stage.steps=null", "every_stage.epochs=1")
+    more = (f"data.captions.file={root}/cut.json", "data.captions.on_bad=skip", "every_stage.steps=null", "every_stage.epochs=1")
+    with pytest.raises(DataError, match=r"too many bad samples in stage align at step \d\. got 1 \(1 [a-z ]+\); expected at most bad_budget 0\.01 of 12 samples"):
+        run(root, tmp_path, "over", *more)
+    folder = run(root, tmp_path, "skip", *more, "bad_budget=0.1")
     listed = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
     assert (len(listed) == 1 and "cut.png" in listed[0]["reason"]) or "cut.json" in listed[0]["reason"]
     align = [record for record in records(folder) if record["stage"] == "align"]
-    assert sum(record["samples"] for record in align) == 11 and sum(record.get("skipped", 0) for record in align) == 1
+    assert sum(record["samples"] for record in align) == 12 and sum(record.get("skipped", 0) for record in align) == 1
+    assert sum(record.get("notes", {}).get("replacement", 0) for record in align) == 1
 
 
 def test_a_damaged_picture_in_a_worker_is_a_sentence(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,3 +206,60 @@ def test_a_damaged_picture_in_a_worker_is_a_sentence(root: Path, tmp_path: Path,
     with pytest.raises(DataError, match=r"half\.json, sample 3") as caught:
         run(root, tmp_path, "half", f"data.captions.file={root}/half.json", "every_stage.steps=null", "every_stage.epochs=1", "workers=2")
     assert "Traceback" not in str(caught.value) and "worker" not in str(caught.value)
+
+
+# ---- packing and the size of micro-batches ---------------------------------------------------------------------------------
+
+PACKED = ("every_stage.pack=120", "every_stage.max_length=120", "every_stage.batch=8")
+STILL = ("model.encoder.config.attention_dropout=0.0", "model.llm.config.attention_dropout=0.0")
+
+
+def test_packed_equals_unpacked_step_by_step(root: Path, tmp_path: Path) -> None:
+    unpacked, packed = run(root, tmp_path, "unpacked", "every_stage.max_length=120", "every_stage.batch=8", *STILL), run(root, tmp_path, "packed", *PACKED, *STILL)
+    for one, two in zip(records(unpacked), records(packed), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
+        assert {key: one[key] for key in ("tokens", "vision_tokens", "supervised", "samples", "modality")} == {
+            key: two[key] for key in ("tokens", "vision_tokens", "supervised", "samples", "modality")
+        }
+        assert one["sources"].keys() == two["sources"].keys() and all(one["sources"][name]["samples"] == two["sources"][name]["samples"] for name in one["sources"])
+
+
+def test_a_packed_run_resumes_bit_for_bit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(root, tmp_path, "whole", *PACKED, "save.every=1")
+    save = checkpoint.save
+
+    def save_and_stop(folder: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
+        made = save(folder, engine, position, keep)
+        if position.total == 6:
+            raise Stop
+        return made
+
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    with pytest.raises(Stop):
+        run(root, tmp_path, "cut", *PACKED, "save.every=1")
+    monkeypatch.setattr(checkpoint, "save", save)
+    cut = run(root, tmp_path, "cut", *PACKED, "save.every=1", resume=True)
+    assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(cut).items())
+    assert [kept(record) for record in records(whole)] == [kept(record) for record in records(cut)]
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_trying_out_the_micro_batch_changes_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: int) -> None:
+    """What auto finds, written into the configuration, gives the same run bit for bit; a resumed run takes what it began with."""
+    monkeypatch.setattr(memory, "_free", lambda device: 2**40)
+    costs = iter([9, 100, 2**39] * 2)
+    peak = memory._peak
+    monkeypatch.setattr(memory, "_peak", lambda device, run: (peak(device, run), next(costs))[1])
+    more = (f"every_stage.deepspeed=zero{zero}", "every_stage.batch=8", "save.every=1")
+    auto = run(root, tmp_path, "auto", *more, "every_stage.micro_batch=auto")
+    assert [json.loads((auto / f"micro_batch-{name}.json").read_text())["micro_batch"] for name in ("align", "instruct")] == [2, 2]  # 0.85 of 2 TiB / 1 holds one row more
+    fixed = run(root, tmp_path, "fixed", *more, "every_stage.micro_batch=2")
+    assert [kept(record) for record in records(auto)] == [kept(record) for record in records(fixed)]
+    assert all(torch.equal(weights(auto)[name], tensor) for name, tensor in weights(fixed).items())
+
+
+def test_a_row_that_does_not_fit_is_an_error(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_free", lambda device: 1)
+    monkeypatch.setattr(memory, "_peak", lambda device, run: 2)
+    with pytest.raises(EnvironmentProblem, match=r"one row does not fit into memory\. got \d+ tokens, .* lower max_length or pack"):
+        run(root, tmp_path, "full", "every_stage.micro_batch=auto")
