@@ -1,7 +1,9 @@
 """The DeepSpeed engine of a stage: process group, configuration, and what a library fault needs first (feasibility section 2)."""
 
+import ctypes
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +17,9 @@ from vlm.train.config import StageSpec
 
 __all__ = ["Engine", "connect", "deepspeed_config", "precision_of"]
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Of glibc's malloc.h."""
+
 
 def connect() -> tuple[int, int, torch.device]:
     """Join the process group that torchrun (or nobody: one process) describes. Returns rank, ranks, device."""
@@ -24,6 +29,7 @@ def connect() -> tuple[int, int, torch.device]:
     import deepspeed
 
     if not torch.cuda.is_available():
+        _keep_memory()
         # On CPU DeepSpeed compiles an all-reduce with the system's compiler at the first initialise, and dies where there is none; gloo does without.
         from deepspeed.ops import __compatible_ops__
 
@@ -37,6 +43,15 @@ def connect() -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def _keep_memory() -> None:
+    """Tell glibc to keep the big blocks that it else returns to the kernel and asks for again in every step (benchmarks/train_step.py)."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**26)):
+        libc.mallopt(option, size)
 
 
 def precision_of(asked: str, device: torch.device, zero: int) -> torch.dtype:

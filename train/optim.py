@@ -127,5 +127,4 @@ def adamw(groups: Iterable[Group], spec: OptimizerSpec) -> torch.optim.AdamW:
             parameter.requires_grad_(group.rate is not None)
         if group.rate is not None:
             trained.append({"params": list(group.parameters), "lr": group.rate, "peak": group.rate, "weight_decay": group.decay, "path": group.path})
-    on_gpu = any(parameter.is_cuda for group in trained for parameter in group["params"])
-    return torch.optim.AdamW(trained, betas=spec.betas, eps=spec.eps, fused=on_gpu or None)
+    return torch.optim.AdamW(trained, betas=spec.betas, eps=spec.eps, fused=True)
