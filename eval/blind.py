@@ -8,9 +8,8 @@ from functools import lru_cache
 
 from PIL import Image
 
-from vlm.data.sample import Picture, Sample
+from vlm.data.sample import Picture, Sample, held
 from vlm.eval.score import Question, normal
-from vlm.generate import HeldPicture
 from vlm.images import upright_size
 
 __all__ = ["TrainingAnswers", "grey", "masked"]
@@ -57,7 +56,7 @@ def grey(sample: Sample) -> Sample:
 
 def _grey(picture: Picture) -> Picture:
     width, height = upright_size(picture.read(), where=picture.path)
-    return HeldPicture(f"grey {width} x {height}", data=_grey_file(width, height))
+    return held(_grey_file(width, height), f"grey {width} x {height}")
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """What a run would do, and everything that is wrong with it, before it is started: no GPU, no weights, no DeepSpeed."""
 
 import difflib
+import glob
 import json
 import os
 import re
@@ -58,6 +59,11 @@ def check_run(run: RunSpec, *, everything: bool = False, quick: bool = False) ->
     if quick:
         report.stop()
     return report
+
+
+def _lies_at(file: str) -> bool:
+    """Whether there is something: a file, a folder, a match of a pattern or range; of an address it is assumed."""
+    return "://" in file or Path(file).exists() or bool(glob.glob(re.sub(r"\{[^}]*\}", "*", file)))
 
 
 class _Check:
@@ -326,11 +332,12 @@ class _Check:
             file, size = str(getattr(spec, "file", "")), getattr(spec, "samples", None)
             if "${" in file:
                 continue
-            if size is not None and not Path(file).is_file():
+            if size is not None and not _lies_at(file):
                 self.report._leave(f"data.{name}.file: {file} is not there; its {size:,} samples are taken from `samples`")
                 continue
             with self._at(f"data.{name}"):
                 reader = self.readers[name] = spec.open()
+                self.report.warnings += [f"data.{name}: {warning}" for warning in getattr(reader, "warnings", ())]
                 if size is not None and size != len(reader):
                     self.report.warnings.append(f"data.{name}.samples: {size:,} are named, the file holds {len(reader):,}, which count")
 

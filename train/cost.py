@@ -285,13 +285,13 @@ def _sizes(sample: Sample, found: Scan, headers: float) -> dict[Picture, tuple[i
     for picture in sample.pictures:
         if picture in sizes:
             continue
-        if found.opened >= headers:
+        if picture.remote or found.opened >= headers:  # addresses are fetched when they are trained on
             found.closed += 1
             continue
         found.opened += 1
         # The path goes behind the fault, so that refusals of one kind are told by their beginning.
         try:
-            sizes[picture] = upright_size(picture.path if picture.size is None else picture.read(), where=sample.where)
+            sizes[picture] = upright_size(picture.read() if picture.size is not None or picture.data is not None else picture.path, where=sample.where)
         except DataError as problem:
             got = f"{picture.path}" + (f", {problem.got}" if problem.got is not None else "")
             raise DataError(problem.what, got=got, expected=problem.expected, cure=problem.cure) from problem

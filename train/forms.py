@@ -1,6 +1,6 @@
 """What a run means in one of its stages: which sources in which order, and the model's form."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vlm.config import ModelSpec
@@ -10,12 +10,12 @@ from vlm.train.config import RunSpec, StageSpec
 __all__ = ["model_at", "sources_of", "stage_mixture"]
 
 
-def stage_mixture(run: RunSpec, index: int, sizes: Mapping[str, int]) -> Mixture:
-    """The order of samples of a stage. sizes: samples per source that the stage names."""
+def stage_mixture(run: RunSpec, index: int, sizes: Mapping[str, int], blocks: Mapping[str, Sequence[int]] | None = None) -> Mixture:
+    """The order of samples of a stage. sizes: samples per source that the stage names. blocks: of streamed sources, samples per shard."""
     stage = list(run.stages.values())[index]
     weights = None if isinstance(stage.data, str) else dict(stage.data)
     epochs = stage.epochs if stage.epochs is not None or stage.steps is not None else 1.0
-    return Mixture(sizes, weights, stage.batch, run.seed, index, epochs=epochs, steps=stage.steps)
+    return Mixture(sizes, weights, stage.batch, run.seed, index, epochs=epochs, steps=stage.steps, blocks=blocks)
 
 
 def sources_of(stage: StageSpec) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from vlm.configuration import VLMConfig
 from vlm.generate import prepare
 from vlm.initial import gathered
+from vlm.llm.decoder import set_attention
 from vlm.loading import build, first_model, form, model_folder, read_generation, saved_model
 from vlm.model import VLM
 from vlm.processor import VLMProcessor, load_tokenizer
@@ -81,8 +82,9 @@ class _Stage:
     def _data(self, rank: int, ranks: int) -> StepData:
         stage, sources = self.stage, {name: self.run.data[name] for name in sources_of(self.stage)}
         readers = {name: spec.open() for name, spec in sources.items()}
+        blocks = {name: runs for name, reader in readers.items() if (runs := getattr(reader, "blocks", None)) is not None}
         return StepData(
-            readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}), self.processor,
+            readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}, blocks), self.processor,
             skip=[name for name, spec in sources.items() if spec.on_bad == "skip"],
             rank=rank, ranks=ranks, micro_batch=1 if stage.micro_batch == "auto" else stage.micro_batch, max_length=stage.max_length, too_long=stage.too_long, pack=stage.pack,
         )  # fmt: skip
@@ -116,6 +118,7 @@ class _Stage:
         model = self._built(fresh)
         llm = self.run.model.llm
         read_generation(model, llm if self.run.start is None else replace(llm, path=str(model_folder(self.run.start)), weights="path"))
+        set_attention(model.llm, llm.attention)
         return model
 
     def _vocabulary(self) -> int:

@@ -1,6 +1,5 @@
 """Batched and streamed generation for chat, evaluation and validation: when an answer ends, and what its text is."""
 
-import io
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -14,14 +13,14 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from vlm.data.sample import Picture, Sample, Turn
+from vlm.data.sample import Picture, Sample, Turn, held
 from vlm.errors import DataError
 from vlm.processor import Row, VLMProcessor
 
 if TYPE_CHECKING:
     from vlm.model import VLM
 
-__all__ = ["Answer", "HeldPicture", "PictureLike", "TextStream", "answer", "answer_all", "blank", "decode", "picture", "prepare", "question", "stop_ids", "stream"]
+__all__ = ["Answer", "PictureLike", "TextStream", "answer", "answer_all", "blank", "decode", "picture", "prepare", "question", "stop_ids", "stream"]
 
 SORTED_TOGETHER = 16
 """Batches whose rows are sorted by length together: their pictures are in memory at once."""
@@ -147,31 +146,13 @@ def _known(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> set[int
 PictureLike = Picture | Image.Image | bytes | str | Path
 
 
-@dataclass(frozen=True)
-class HeldPicture(Picture):
-    """A picture in memory. data: its file's bytes."""
-
-    data: bytes = b""
-
-    def length(self) -> int:
-        return len(self.data)
-
-    def read(self) -> bytes:
-        return self.data
-
-
 def picture(source: PictureLike) -> Picture:
-    """A reference to a picture: a path, the bytes of a file, or a Pillow image, which goes the same way from bytes to RGB as a file does."""
+    """A reference to a picture: a path, the bytes of a file, or a Pillow image."""
     if isinstance(source, Picture):
         return source
-    if isinstance(source, bytes):
-        return HeldPicture("picture given as bytes", data=source)
-    if not isinstance(source, Image.Image):
-        return Picture(str(source))
-    buffer = io.BytesIO()
-    image = source if source.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else source.convert("RGB")
-    image.save(buffer, "PNG", compress_level=1, exif=source.getexif())
-    return HeldPicture("picture given as an image", data=buffer.getvalue())
+    if isinstance(source, bytes | Image.Image):
+        return held(source)
+    return Picture(str(source))
 
 
 def question(text: str, pictures: Iterable[Picture] = ()) -> Turn:

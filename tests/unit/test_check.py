@@ -394,7 +394,7 @@ def test_skipped_samples_are_counted_but_some_must_be_left(root: Path) -> None:
     report = check(run)
     assert report.ok
     warning = report.warnings[0]
-    assert warning.startswith("data.questions: 2 samples are left out (on_bad: skip), the first:")
+    assert warning.startswith("data.questions: 2 samples are left out or replaced (on_bad: skip), the first:")
     assert "sample 2: no turns" in warning
     write(root, [long, long])
     assert "all 2 samples lose every supervised token at max_length 40" in str(only(check(run)))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from vlm.data.mixture import Mixture
+from vlm.data.mixture import WINDOW, Mixture
 from vlm.errors import ConfigurationError
 
 
@@ -92,6 +92,56 @@ def test_shares_far_into_a_run_and_whatever_the_batch():
 def test_several_sources_without_weights_are_shuffled_together():
     first = mixture({"a": 500, "b": 500}, batch=100).step(0)
     assert 25 < Counter(name for name, _ in first)["a"] < 75
+
+
+BLOCKS = {"a": [30, 0, 1, 17, 30, 2, 30, 30, 30, 9]}
+
+
+@pytest.mark.parametrize(("sizes", "weights"), [({"a": 179}, None), ({"b": 40, "a": 179, "c": 3}, None), ({"a": 179, "b": 40}, {"a": 1, "b": 2})])
+def test_a_source_with_blocks_is_walked_by_few_blocks_at_a_time(sizes: dict[str, int], weights: dict[str, float] | None):
+    mix = mixture(sizes, weights, batch=8, epochs=5, blocks=BLOCKS)
+    mine = [index for step in run(mix) for source, index in step if source == "a"]
+    block_of = [block for block, size in enumerate(BLOCKS["a"]) for _ in range(size)]
+    epochs = [mine[start : start + 179] for start in range(0, len(mine) - 178, 179)]
+    assert len(epochs) >= 2
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(179))
+        blocks = [block_of[index] for index in epoch]
+        under_way = [{block for block in set(blocks[: place + 1]) if block in blocks[place:]} for place in range(179)]
+        assert max(map(len, under_way)) == WINDOW
+        assert len(set(blocks[60:90])) > 1
+        assert epoch != sorted(epoch)
+    firsts = [tuple(dict.fromkeys(block_of[index] for index in epoch)) for epoch in epochs]
+    assert len(set(firsts)) == len(firsts)
+
+
+def test_sources_with_blocks_and_without_weights_give_every_sample_once_per_epoch():
+    sizes = {"b": 40, "a": 179, "c": 3}
+    drawn = [sample for step in run(mixture(sizes, batch=7, epochs=4, blocks=BLOCKS)) for sample in step]
+    everything = {(name, index) for name, size in sizes.items() for index in range(size)}
+    assert all(set(drawn[start : start + 222]) == everything for start in range(0, 888, 222))
+    for place in range(0, 888, 60):  # by turns, not one source after another
+        assert 7 <= Counter(name for name, _ in drawn[place : place + 60])["b"] <= 14 or place + 60 > 888
+
+
+def test_any_step_alone_equals_the_whole_run_with_blocks():
+    def fresh() -> Mixture:
+        return mixture({"b": 40, "a": 179}, epochs=3, blocks=BLOCKS)
+
+    whole = run(fresh())
+    assert [fresh().step(k) for k in reversed(range(len(whole)))] == whole[::-1]
+    assert whole != run(mixture({"b": 40, "a": 179}, epochs=3, seed=2, blocks=BLOCKS))
+
+
+def test_the_order_of_blocks_is_that_of_today():
+    """As above: runs must resume under a later NumPy."""
+    assert [index for _, index in mixture({"s": 12}, batch=12, epochs=1, blocks={"s": [2] * 6}).step(0)] == [10, 1, 0, 2, 11, 6, 7, 9, 8, 3, 4, 5]
+
+
+@pytest.mark.parametrize("blocks", [{"a": [178]}, {"a": [180, -1]}, {"a": []}, {"z": [179]}])
+def test_blocks_that_do_not_fit_are_refused(blocks: dict[str, list[int]]):
+    with pytest.raises(ConfigurationError, match="do not make up its samples"):
+        mixture({"a": 179}, epochs=1, blocks=blocks)
 
 
 @pytest.mark.parametrize(

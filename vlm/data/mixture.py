@@ -1,7 +1,7 @@
 """Which samples make a step: a pure function of (seed, stage, step), whatever the ranks, workers and restarts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from vlm.errors import ConfigurationError
 
-__all__ = ["Mixture"]
+__all__ = ["WINDOW", "Mixture"]
+
+WINDOW = 4
+"""Blocks from which a source with blocks gives samples at a time."""
 
 
 class Mixture:
@@ -19,14 +22,18 @@ class Mixture:
     each walking its own epochs; the length of an epoch is then the sum of all sizes. Each epoch has an order of its own, from a counter-based generator,
     so that no earlier epoch or step need be known.
 
+    A source with blocks (streamed shards, of which only a few fit into memory) is walked block by block: the order of the blocks is drawn, and within it samples are shuffled over WINDOW blocks
+    (see `_block_order`). Without weights it cannot be shuffled together with others; then all sources take turns by size, which also gives every sample once per epoch.
+
     Args:
         sizes: samples per source.
         weights: shares per source, any positive scale; None: by size.
         batch: samples per step, over all ranks.
         seed, stage: what the order depends on, besides epoch and source.
         epochs, steps: the length, one of the two. By epochs the last step may be smaller.
+        blocks: of the sources that have them, the sizes of the runs of samples that lie together.
 
-    Raises ConfigurationError for an empty source, weights that do not fit the sources, no length or two.
+    Raises ConfigurationError for an empty source, weights or blocks that do not fit the sources, no length or two.
     """
 
     def __init__(
@@ -38,11 +45,16 @@ class Mixture:
         stage: int,
         epochs: float | None = None,
         steps: int | None = None,
+        blocks: Mapping[str, Sequence[int]] | None = None,
     ):
+        blocks = blocks or {}
         _check(sizes, weights, batch, seed, epochs, steps)
+        _check_blocks(sizes, blocks)
         self.names, self.batch, self.seed, self.stage = tuple(sizes), batch, seed, stage
         self._sizes = np.array([sizes[name] for name in self.names], dtype=np.int64)
+        weights = sizes if blocks and weights is None else weights
         self._weights = None if weights is None else np.array([weights[name] for name in self.names]) / sum(weights.values())
+        self._blocks = {self.names.index(name): np.array(runs, dtype=np.int64) for name, runs in blocks.items()}
         self._orders: dict[int, tuple[int, NDArray[np.int64]]] = {}
         # str: 0.1 epochs are meant as a tenth, not as the double above it.
         self.samples = steps * batch if steps is not None else math.ceil(Fraction(str(epochs)) * int(self._sizes.sum()))
@@ -81,9 +93,27 @@ class Mixture:
         kept = self._orders.get(source)
         if kept is None or kept[0] != epoch:
             bits = np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(self.stage, source, epoch)))
-            # Sorting raw bits: NumPy promises the bits for all versions, not what permutation() makes of them.
-            kept = self._orders[source] = epoch, np.argsort(bits.random_raw(size), kind="stable")
+            blocks = self._blocks.get(source)
+            kept = self._orders[source] = epoch, _drawn_order(bits, size) if blocks is None else _block_order(bits, blocks)
         return kept[1]
+
+
+def _drawn_order(bits: np.random.Philox, size: int) -> NDArray[np.int64]:
+    # Sorting raw bits: NumPy promises the bits for all versions, not what permutation() makes of them.
+    return np.argsort(bits.random_raw(size), kind="stable")
+
+
+def _block_order(bits: np.random.Philox, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+    """An order of all samples that never has more than WINDOW blocks under way.
+
+    The blocks get their turns in a drawn order; a sample of the block with turn t falls due at time t + WINDOW u, u drawn from [0, 1). So at time T only blocks with T - WINDOW < t <= T are under way, and
+    one after another is begun and finished: a reader fetches them singly, not WINDOW at once.
+    """
+    turns = np.empty(len(blocks), dtype=np.uint64)
+    turns[_drawn_order(bits, len(blocks))] = np.arange(len(blocks), dtype=np.uint64)
+    # Whole numbers of 2 ** -32, which compare alike everywhere.
+    late = (bits.random_raw(int(blocks.sum())) >> np.uint64(32)) * np.uint64(WINDOW)
+    return np.argsort((np.repeat(turns, blocks) << np.uint64(32)) + late, kind="stable")
 
 
 def _take_turns(weights: NDArray[np.float64], first: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -119,3 +149,10 @@ def _check(sizes: Mapping[str, int], weights: Mapping[str, float] | None, batch:
     length = epochs if steps is None else steps
     if length is None or not (math.isfinite(length) and length > 0):
         raise ConfigurationError("a stage's length is not a positive number", got=f"epochs {epochs}, steps {steps}")
+
+
+def _check_blocks(sizes: Mapping[str, int], blocks: Mapping[str, Sequence[int]]) -> None:
+    for name, runs in blocks.items():
+        if name not in sizes or min(runs, default=0) < 0 or sum(runs) != sizes[name]:
+            got = f"{len(runs)} blocks of {sum(runs)} samples together"
+            raise ConfigurationError(f"the blocks of the data source {name} do not make up its samples", got=got, expected=f"{sizes.get(name, 'no such source')}")

@@ -1,28 +1,59 @@
 """What every reader gives and everything after it takes: one conversation with its pictures."""
 
+import io
 import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-__all__ = ["Picture", "Sample", "Turn"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Picture", "Sample", "Turn", "held"]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture by reference: a file, or `size` bytes of a file from `offset` on (a member of a tar shard)."""
+    """A picture by reference: a file, `size` bytes of a file from `offset` on (a member of a tar shard), bytes in memory, or an address.
+
+    path: the file, or the address; of `data` only what messages call it. data: the encoded bytes themselves, `size` of them. remote: `path` is an http or https address that the user has allowed,
+    fetched at every `read`.
+    """
 
     path: str
     offset: int = 0
     size: int | None = None
+    data: bytes | None = field(default=None, repr=False)
+    remote: bool = False
 
     def length(self) -> int:
-        """Bytes that `read` will give, known without reading. Raises OSError."""
+        """Bytes that `read` will give, known without reading; 0 for an address, whose `read` holds the limit itself. Raises OSError."""
+        if self.data is not None:
+            return len(self.data)
+        if self.remote:
+            return 0
         return os.path.getsize(self.path) - self.offset if self.size is None else self.size
 
     def read(self) -> bytes:
-        """The encoded bytes, as they are stored."""
+        """The encoded bytes, as they are stored. Raises OSError; DataError for an address that gives too many."""
+        if self.data is not None:
+            return self.data
+        if self.remote:
+            from vlm.data.remote import fetch
+
+            return fetch(self.path)
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(-1 if self.size is None else self.size)
+
+
+def held(source: "bytes | Image.Image", name: str = "picture given as bytes") -> Picture:
+    """A picture in memory, of a file's bytes or of a Pillow image, which goes the same way from bytes to RGB as a file does. name: what messages call it."""
+    if not isinstance(source, bytes):
+        buffer = io.BytesIO()
+        image = source if source.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else source.convert("RGB")
+        image.save(buffer, "PNG", compress_level=1, exif=source.getexif())
+        source = buffer.getvalue()
+    return Picture(name, size=len(source), data=source)
 
 
 @dataclass(frozen=True)

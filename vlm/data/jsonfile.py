@@ -1,0 +1,196 @@
+"""Files of JSON records: where each record lies, and random access to them as samples. The readers `llava`, `messages` and `sharegpt` differ only in the forms of records that they take."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+
+from vlm.data.record import Form, check_pictures, picture_below, sample_of
+from vlm.data.sample import Sample
+from vlm.errors import DataError
+
+__all__ = ["JsonReader", "JsonSource"]
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonSource:
+    """A file of conversations and the folder of its pictures.
+
+    file: a JSON array or JSON lines, UTF-8; told apart by content. images: the folder that the paths of pictures start from and may not leave; default: the file's own.
+    samples: the number of samples, for planning where the file is not there.
+    missing_placeholder: a sample with pictures and no `<image>` is an error, or gets one `<image>` and a newline per picture before its first question.
+    on_bad: a bad record is an error when it is read; or `open` looks at every record, leaves out those that are bad or miss a picture, and lists them in `JsonReader.bad`.
+    remote: pictures may be http and https addresses, fetched whenever their sample is read.
+    """
+
+    form: ClassVar[Form | None] = None
+
+    file: str
+    images: str | None = None
+    samples: int | None = None
+    missing_placeholder: Literal["error", "prepend"] = "error"
+    on_bad: Literal["error", "skip"] = "error"
+    remote: bool = False
+
+    def open(self) -> "JsonReader":
+        """Finds the records. Raises DataError for a file that is missing, empty, not UTF-8 or not JSON."""
+        return JsonReader(self)
+
+
+class JsonReader:
+    """Random access to the samples of one file.
+
+    Keeps where the records lie, not the records: cheap to fork and to pickle. Each read opens the file.
+    bad: what `on_bad: skip` left out, one error per record.
+    """
+
+    def __init__(self, source: JsonSource):
+        self.source = source
+        self._picture = picture_below(source.images if source.images is not None else os.path.dirname(source.file) or ".", remote=source.remote)
+        bad: list[DataError] = []
+        spans, self._stamp = _find_records(source.file, bad if source.on_bad == "skip" else None)
+        self._spans = np.array(spans, dtype=np.int64).reshape(-1, len(_Span._fields))
+        if source.on_bad == "skip":
+            self._spans = self._spans[[self._holds(span, bad) for span in spans]]
+        self.bad = tuple(bad)
+        if not len(self._spans):
+            raise DataError(f"{source.file} holds no samples", got=f"{len(bad)} bad records, the first: {bad[0]}" if bad else "an empty file")
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`. Raises DataError with file, record, numbers and cure; IndexError beyond the end."""
+        return self._sample(_Span(*self._spans[index].tolist()))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def file_hash(self) -> str:
+        """SHA-256 of the file, in hexadecimal."""
+        with open(self.source.file, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _sample(self, span: "_Span") -> Sample:
+        with open(self.source.file, "rb") as file:
+            if _stamp(file.fileno()) != self._stamp:
+                raise DataError(f"{self.source.file} was changed after it had been opened", cure="start again; a data file must not change during a run")
+            file.seek(span.start)
+            record = json.loads(file.read(span.stop - span.start).decode("utf-8"))
+        where = f"{self.source.file}, sample {span.number}" + (f" (line {span.line})" if span.line else "")
+        return sample_of(record, number=span.number, where=where, picture=self._picture, prepend=self.source.missing_placeholder == "prepend", form=self.source.form)
+
+    def _holds(self, span: "_Span", bad: list[DataError]) -> bool:
+        try:
+            check_pictures(self._sample(span))
+        except DataError as error:
+            bad.append(error)
+            return False
+        return True
+
+
+class _Span(NamedTuple):
+    """Where a record lies: bytes start to stop, its number in the file from 0, its line from 1 (0 in a JSON array)."""
+
+    start: int
+    stop: int
+    number: int
+    line: int
+
+
+def _stamp(file: int | str) -> tuple[int, int]:
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
+
+
+def _find_records(file: str, bad: list[DataError] | None) -> tuple[list[_Span], tuple[int, int]]:
+    """Spans of all records, and the file's size and time. `bad` collects lines that are not JSON; None: they are raised."""
+    try:
+        stamp, raw = _stamp(file), Path(file).read_bytes()
+    except OSError as error:
+        raise DataError(f"the data file {file} cannot be read", got=error.strerror, cure="set `file` (or data_root) to where it lies") from error
+    begin = _check_utf8(file, raw)
+    # One character per byte: structure is the same as in UTF-8, and positions are byte offsets.
+    text = raw.decode("latin-1")
+    begin = _after_space(text, begin)
+    if text.startswith("[", begin):
+        return list(_array(file, text, begin)), stamp
+    return list(_lines(file, raw, bad)), stamp
+
+
+def _check_utf8(file: str, raw: bytes) -> int:
+    """The number of bytes to leave out at the start. Raises DataError for another encoding: a wrong guess would train on garbage."""
+    encoding = json.detect_encoding(raw[:4])
+    if not encoding.startswith("utf-8"):
+        cure = f"re-save it as UTF-8: iconv -f {encoding.upper()} -t UTF-8 OLD > NEW"
+        raise DataError(f"{file} is {encoding.upper()}, from byte 0 on", got=f"the bytes {raw[:4].hex(' ')}", expected="UTF-8", cure=cure)
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{file} is not UTF-8 at byte {error.start} (line {line})",
+            got=f"0x{raw[error.start]:02x}, {error.reason}",
+            expected="UTF-8",
+            cure="re-save it as UTF-8, from GBK for instance: iconv -f GBK -t UTF-8 OLD > NEW; encodings are not guessed",
+        ) from None
+    return len(BYTE_ORDER_MARK) if raw.startswith(BYTE_ORDER_MARK) else 0
+
+
+def _after_space(text: str, position: int) -> int:
+    match = SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _array(file: str, text: str, begin: int) -> Iterator[_Span]:
+    decoder, number = json.JSONDecoder(), 0
+    position = _after_space(text, begin + 1)
+    closed = text.startswith("]", position)
+    try:
+        while not closed:
+            _, stop = decoder.raw_decode(text, position)
+            yield _Span(position, stop, number, 0)
+            position, number = _after_space(text, stop), number + 1
+            closed = text.startswith("]", position)
+            if not closed and not text.startswith(",", position):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
+            if not closed:
+                position = _after_space(text, position + 1)
+        end = _after_space(text, position + 1)
+        if end != len(text):
+            raise json.JSONDecodeError("Text after the array", text, end)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno} (byte {error.pos})"
+        raise DataError(f"{file}, sample {number}: not JSON at {where}", got=error.msg, cure="was the file cut? Mend it, or write it again") from None
+
+
+def _lines(file: str, raw: bytes, bad: list[DataError] | None) -> Iterator[_Span]:
+    """Only \\n ends a line: U+2028, U+0085 and their like are text. A byte order mark at the start of a line comes from joined files."""
+    start = number = line = 0
+    while start < len(raw):
+        stop = raw.find(b"\n", start)
+        stop, line = len(raw) if stop < 0 else stop, line + 1
+        if raw.startswith(BYTE_ORDER_MARK, start):
+            start += len(BYTE_ORDER_MARK)
+        content = raw[start:stop]
+        if content.strip():
+            try:
+                json.loads(content.decode("utf-8"))
+                yield _Span(start, stop, number, line)
+            except json.JSONDecodeError as error:
+                what, got = f"{file}, line {line} (sample {number}): not JSON", f"{error.msg} at column {error.colno}"
+                problem = DataError(what, got=got, expected="one whole JSON object per line", cure="mend the line, or `on_bad: skip`")
+                if bad is None:
+                    raise problem from None
+                bad.append(problem)
+            number += 1
+        start = stop + 1
