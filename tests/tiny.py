@@ -23,8 +23,26 @@ TEXT = [
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 2},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    "mistral": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 12},
+    "phi": {"model_type": "phi", "num_key_value_heads": 2, "qk_layernorm": True},
+    "phi3": {"model_type": "phi3", "num_key_value_heads": 2, "sliding_window": 12, "partial_rotary_factor": 0.5},
+    "stablelm": {"model_type": "stablelm", "num_key_value_heads": 2, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "stablelm_parallel": {"model_type": "stablelm", "num_key_value_heads": 2, "use_parallel_residual": True, "qk_layernorm": True},
     "gemma2": {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
 }
+WINDOWED = ("qwen3", "mistral", "phi3", "gemma2", "gemma3")
+"""Families with a sliding window of 12 tokens in at least one layer."""
+TIED = ("gemma2", "gemma3")
 """Decoder families by name: the numbers that differ from `llm_config`'s."""
 
 
@@ -98,6 +116,27 @@ def picture_bytes(image: Image.Image, form: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form)
     return buffer.getvalue()
+
+
+def mixed_root(folder: Path, samples: int = 12) -> Path:
+    """A data root whose questions lie as Parquet and as two tar shards too."""
+    from vlm.data.convert import convert_data
+
+    root = data_root(folder, samples)
+    for form in ("parquet", "tar"):
+        convert_data(str(root / "instruct.json"), root / form, to=form, images=root, per_shard=samples // 2)
+    return root
+
+
+MIXED = (
+    "data.questions={reader: hf, file: '${data_root}/parquet/instruct.parquet'}",
+    "data.captions={reader: tar, file: '${data_root}/tar/instruct-*.tar'}",
+    "stages.instruct.data={questions: 0.7, captions: 0.3}",
+    "stages.align.data=captions",
+    "every_stage.prompt=chatml",
+    "stages.align.prompt=chatml",
+)
+"""Overrides of llava_tiny: Parquet and tar mixed by weight."""
 
 
 def data_root(folder: Path, samples: int = 12) -> Path:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import vlm
 from vlm.data.sample import Sample
+from vlm.llm import head as heads
 from vlm.loading import first_model
 from vlm.processor import IGNORE, Row, VLMProcessor, collate, load_tokenizer
 from vlm.train import checkpoint
@@ -22,6 +23,8 @@ from vlm.train.stages import whole_tensors
 from vlm.train.steps import MicroBatch, Step
 
 CURVE = ("every_stage.steps=20", "every_stage.batch=8", "every_stage.micro_batch=2", "stages.instruct.train={encoder: 1.0e-3, connector: 1.0e-3, llm: 1.0e-3}", "workers=0")
+LORA = "model.adapt={lora: {since: SINCE, rank: 4, dropout: DROPOUT, targets: ['*_proj', lm_head]}, tower_lora: {use: lora, part: encoder, rank: 2}}"
+heads.CHUNK = 8 * 512  # eight rows: the number of chunks differs between the ranks
 
 
 def compose(root: Path, zero: int, *more: str) -> RunSpec:
@@ -46,7 +49,7 @@ def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: to
     """One SGD step of rate 1, so that the difference of the weights is the gradient."""
     from vlm.train.loop import one_step
 
-    run = compose(root, zero)
+    run = compose(root, zero, LORA.replace("SINCE", "align").replace("DROPOUT", "0"))
     stage = run.stages["instruct"]
     tokenizer = load_tokenizer(run.model)
     processor = VLMProcessor(run.model, 32, tokenizer, stage.prompt)
@@ -76,8 +79,9 @@ class Stop(Exception):
 
 
 def interrupted(root: Path, out: Path, zero: int) -> None:
-    """A run of 4 + 4 steps, and the same one stopped in its second stage and resumed."""
-    vlm.fit(compose(root, zero, f"runs={out}", "name=whole", "save.every=1", "workers=0"))
+    """A run of 4 + 4 steps with LoRA that enters in its second stage, and the same one stopped there and resumed."""
+    run = (LORA.replace("SINCE", "instruct").replace("DROPOUT", "0.1"), f"runs={out}", "save.every=1", "workers=0")
+    vlm.fit(compose(root, zero, *run, "name=whole"))
     save = checkpoint.save
 
     def save_and_stop(folder: Path, engine: Engine, position: checkpoint.Position, keep: int) -> Path:
@@ -88,11 +92,11 @@ def interrupted(root: Path, out: Path, zero: int) -> None:
 
     checkpoint.save = save_and_stop
     try:
-        vlm.fit(compose(root, zero, f"runs={out}", "name=cut", "save.every=1", "workers=0"))
+        vlm.fit(compose(root, zero, *run, "name=cut"))
     except Stop:
         checkpoint.save = save
     torch.manual_seed(7)
-    vlm.fit(compose(root, zero, f"runs={out}", "name=cut", "save.every=1", "workers=0"), resume=True)
+    vlm.fit(compose(root, zero, *run, "name=cut"), resume=True)
 
 
 def main(root: Path, out: Path, zero: int) -> None:

@@ -17,7 +17,7 @@ WORKER = Path(__file__).with_name("ranks_worker.py")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
+    return tiny.mixed_root(tmp_path_factory.mktemp("data"))
 
 
 def launch(root: Path, out: Path, zero: int, ranks: int) -> Path:
