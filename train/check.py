@@ -29,7 +29,7 @@ from vlm.train import cost
 from vlm.train.config import RunSpec, StageSpec
 from vlm.train.engine import deepspeed_config, precision_of
 from vlm.train.findings import Report, Span, StageReport
-from vlm.train.forms import model_at, sources_of, stage_mixture
+from vlm.train.forms import blocks_of, model_at, sources_of, stage_mixture
 from vlm.train.optim import rates
 from vlm.train.start import check_start
 from vlm.weights.files import find_folder
@@ -420,7 +420,8 @@ class _Check:
         if report.name not in self.rows or report.length is None or any(name not in self.readers for name in sources_of(stage)):
             return
         rows = self.rows[report.name]
-        mixture = stage_mixture(self.run, index, {name: len(self.readers[name]) for name in sources_of(stage)})
+        readers = {name: self.readers[name] for name in sources_of(stage)}
+        mixture = stage_mixture(self.run, index, {name: len(reader) for name, reader in readers.items()}, blocks_of(readers))
         for source, place in (one for step in range(min(mixture.steps, 10)) for one in mixture.step(step)):
             if len(report.rendered) == SHOWN:
                 return

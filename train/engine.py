@@ -96,6 +96,8 @@ class Engine:
         self.paths = [group["path"] for group in optimizer.param_groups]
         self.model = model
         self.inner: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        self._norm: float | None = None
+        self._norm_is_ours = not self.inner.zero_optimization() and not self.inner.bfloat16_enabled()
 
     def last(self, last: bool) -> None:
         """Called before each micro-batch: whether it is the last of its step. Gradients are reduced and the optimizer acts behind the last one."""
@@ -110,6 +112,8 @@ class Engine:
 
     def step(self) -> None:
         """After every micro-batch; acts at the last of a step."""
+        if self._norm_is_ours and self.inner.is_gradient_accumulation_boundary():
+            self._norm = float(nn.utils.get_total_norm([parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]))
         self.inner.step()
 
     def set_rates(self, factor: float) -> None:
@@ -117,7 +121,8 @@ class Engine:
             group["lr"] = peak * factor
 
     def gradient_norm(self) -> float | None:
-        norm = self.inner.get_global_grad_norm()
+        """Global, before clipping. DeepSpeed gives none at ZeRO 0 in fp32."""
+        norm = self._norm if self._norm_is_ours else self.inner.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def sum(self, values: list[float]) -> list[float]:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from vlm.composition import resolved
+from vlm.connectors.base import ConnectorSpec
 from vlm.errors import CheckpointError, ConfigurationError, DataError
 from vlm.train.checkpoint import tree_hash
 from vlm.train.config import RunSpec
@@ -32,16 +33,19 @@ def absolute(run: RunSpec) -> RunSpec:
     """The run with the local paths that it names made absolute, so that its folder can be read from any directory. Hub names stay."""
 
     def of(spec: Any, *names: str, only_folders: bool = False) -> Any:
-        paths = {name: value for name in names if isinstance(value := getattr(spec, name, None), str) and (not only_folders or Path(value).is_dir())}
+        paths = {name: value for name in names if isinstance(value := getattr(spec, name, None), str) and "://" not in value and (not only_folders or Path(value).is_dir())}
         return replace(spec, **{name: os.path.abspath(value) for name, value in paths.items()}) if paths else spec
 
-    model = replace(run.model, encoder=of(run.model.encoder, "path", only_folders=True), llm=of(run.model.llm, "path", "tokenizer", only_folders=True))
-    return replace(of(run, "data_root", "runs"), model=model, data={name: of(spec, "file", "images") for name, spec in run.data.items()})
+    def connector(spec: ConnectorSpec) -> ConnectorSpec:
+        return replace(of(spec, "path"), then=None if spec.then is None else connector(spec.then))
+
+    model = replace(run.model, encoder=of(run.model.encoder, "path", only_folders=True), connector=connector(run.model.connector), llm=of(run.model.llm, "path", "tokenizer", only_folders=True))
+    return replace(of(run, "data_root", "runs", "start"), model=model, data={name: of(spec, "file", "images") for name, spec in run.data.items()})
 
 
 def fingerprint(run: RunSpec) -> str:
     """Hash of what a resumed run must share with the one that was interrupted: model, stages, data, seed and precision."""
-    return tree_hash({key: value for key, value in resolved(run).items() if key in ("model", "stages", "data", "seed", "precision")})
+    return tree_hash({key: value for key, value in resolved(run).items() if key in ("model", "start", "stages", "data", "seed", "precision")})
 
 
 def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:

@@ -2,20 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from vlm.config import ModelSpec
 from vlm.data.mixture import Mixture
 from vlm.train.config import RunSpec, StageSpec
 
-__all__ = ["model_at", "sources_of", "stage_mixture"]
+__all__ = ["blocks_of", "model_at", "sources_of", "stage_mixture"]
 
 
 def stage_mixture(run: RunSpec, index: int, sizes: Mapping[str, int], blocks: Mapping[str, Sequence[int]] | None = None) -> Mixture:
-    """The order of samples of a stage. sizes: samples per source that the stage names. blocks: of streamed sources, samples per shard."""
+    """The order of samples of a stage. sizes: samples per source that the stage names. blocks: of streamed sources, samples per shard (`blocks_of`)."""
     stage = list(run.stages.values())[index]
     weights = None if isinstance(stage.data, str) else dict(stage.data)
     epochs = stage.epochs if stage.epochs is not None or stage.steps is not None else 1.0
     return Mixture(sizes, weights, stage.batch, run.seed, index, epochs=epochs, steps=stage.steps, blocks=blocks)
+
+
+def blocks_of(readers: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """Samples per shard of those readers that are streamed."""
+    return {name: blocks for name, reader in readers.items() if (blocks := getattr(reader, "blocks", None)) is not None}
 
 
 def sources_of(stage: StageSpec) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""What a run says while it goes: a progress line, metrics.jsonl, and the loss curve."""
+"""What a run says while it goes: a progress line, metrics.jsonl, the same numbers for TensorBoard, and the loss curve."""
 
 import json
 import resource
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ __all__ = ["Log", "draw_curve"]
 
 
 class Log:
-    """Rank 0's voice; the other ranks keep quiet. Each step's record goes to metrics.jsonl, every `every` steps a line to the terminal."""
+    """Rank 0's voice; the other ranks keep quiet. Each step's record goes to metrics.jsonl and, once `rewind` has said where the run stands, to tensorboard/; every `every` steps a line
+    to the terminal."""
 
     def __init__(self, folder: Path, rank: int, every: int):
         self.folder, self.loud, self.every = folder, rank == 0, every
@@ -22,11 +24,15 @@ class Log:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._window: list[dict[str, Any]] = []
+        self._board: Any = None
+        self._board_asked = False
 
     def rewind(self, total: int) -> None:
-        """Forget steps behind `total`: a run that goes on from an older checkpoint writes them again."""
+        """Forget steps behind `total`: a run that goes on from an older checkpoint writes them again. Called before the first step of a stage."""
         if self._file is None:
             return
+        if not self._board_asked:  # a later stage of the same process goes on in the same file
+            self._board_asked, self._board = True, self._open_board(total)
         self._file.close()
         path = self.folder / "metrics.jsonl"
         kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["total"] <= total]
@@ -34,6 +40,17 @@ class Log:
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def _open_board(self, total: int) -> Any:
+        """A writer whose events hide those of earlier processes behind `total`; None, and said so, where TensorBoard cannot be had."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except (ImportError, AttributeError, TypeError) as error:  # the last two: an old TensorBoard beside a newer NumPy or protobuf
+            absent = isinstance(error, ModuleNotFoundError) and error.name == "tensorboard"
+            reason = "TensorBoard is not installed" if absent else f"TensorBoard cannot be imported ({error})"
+            self.console.print(f"{reason}: the curves are in metrics.jsonl alone" + (' (pip install "vlm[tensorboard]")' if absent else ""), markup=False)
+            return None
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=total + 1)
 
     def begin(self, stage: str, start: int, steps: int) -> None:
         if not self.loud:
@@ -57,6 +74,10 @@ class Log:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self._board is not None:
+            for tag, value in _scalars(record):
+                self._board.add_scalar(tag, value, record["total"])
+            self._board.flush()  # as the line above: a kill loses no step that a checkpoint holds
         self._window.append(record)
         last = record["step"] == self._steps
         if record["step"] % self.every and not last:
@@ -83,6 +104,17 @@ class Log:
         self.end()
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record as TensorBoard's tags: `loss`, `rates/connector.mlp`, `sources/captions/loss`."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and f"{prefix}{key}" not in ("step", "total"):
+            yield f"{prefix}{key}", value
 
 
 def peak_memory() -> float:

@@ -22,7 +22,7 @@ from vlm.train.check import check_run
 from vlm.train.config import RunSpec
 from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
 from vlm.train.folder import absolute, fingerprint, open_folder, run_folder, steps_of, write_export
-from vlm.train.forms import model_at, sources_of, stage_mixture
+from vlm.train.forms import blocks_of, model_at, sources_of, stage_mixture
 from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
 from vlm.train.log import Log, draw_curve
 from vlm.train.loop import run_steps
@@ -82,9 +82,8 @@ class _Stage:
     def _data(self, rank: int, ranks: int) -> StepData:
         stage, sources = self.stage, {name: self.run.data[name] for name in sources_of(self.stage)}
         readers = {name: spec.open() for name, spec in sources.items()}
-        blocks = {name: runs for name, reader in readers.items() if (runs := getattr(reader, "blocks", None)) is not None}
         return StepData(
-            readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}, blocks), self.processor,
+            readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}, blocks_of(readers)), self.processor,
             skip=[name for name, spec in sources.items() if spec.on_bad == "skip"],
             rank=rank, ranks=ranks, micro_batch=1 if stage.micro_batch == "auto" else stage.micro_batch, max_length=stage.max_length, too_long=stage.too_long, pack=stage.pack,
         )  # fmt: skip
