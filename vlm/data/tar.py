@@ -1,0 +1,224 @@
+"""Tar shards in the convention of WebDataset: by random access through an index of each shard, or streamed, whole shards at a time."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from vlm.data import register
+from vlm.data.mixture import WINDOW
+from vlm.data.record import ADDRESS, check_pictures, picture_below, sample_of
+from vlm.data.sample import Picture, Sample
+from vlm.data.shards import Shard, find_shards
+from vlm.data.tarindex import NAMED, RECORDS, Member, ShardIndex
+from vlm.errors import DataError
+
+__all__ = ["TarReader", "TarSource"]
+
+PICTURES = frozenset(("avif", "bmp", "gif", "jp2", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"))
+"""Last words of the extensions of members that are pictures."""
+LARGEST_RECORD = 64 * 2**20
+KEPT = 2**30
+"""Bytes of streamed shards that a reader keeps at most, the one in use aside."""
+
+
+@register("tar")
+@dataclass(frozen=True, kw_only=True)
+class TarSource:
+    """Tar shards. A sample is the members that share a name up to the first dot of the base name, wherever in the shard they lie.
+
+    Its record is the member `json` (any form that `sample_of` knows), else `txt` or `caption`, the caption of its pictures. A record names pictures by member, by extension ("left.jpg") or by path
+    below `images`; where it names none, it has all its picture members, in the order of the shard.
+
+    file: a shard, a folder of them, a pattern (`train-*.tar`), or a range (`train-{000000..000012}.tar`). images: the folder of pictures that are no members. samples: their number, for planning where
+    the shards are not there. missing_placeholder, on_bad: as of `LlavaSource`; with `stream`, on_bad leaves bad samples to the step that meets them.
+    stream: read each shard from front to back into memory, compressed ones too (gzip, bzip2, xz), in an order that takes few shards at a time. Every worker of every rank reads every shard.
+    remote: shards and pictures may be http and https addresses; shards only with `stream`.
+    """
+
+    file: str
+    images: str | None = None
+    samples: int | None = None
+    missing_placeholder: Literal["error", "prepend"] = "error"
+    on_bad: Literal["error", "skip"] = "error"
+    stream: bool = False
+    remote: bool = False
+
+    def open(self) -> "TarReader":
+        """Reads the indexes of the shards, and writes those that are missing or stale to SHARD.index. Raises DataError for shards that are missing, cut, damaged, or no tar files."""
+        return TarReader(self)
+
+
+class TarReader:
+    """Random access to the samples of tar shards.
+
+    Keeps the members' places, not their bytes: cheap to fork and to pickle. Random access reads a record by its place and leaves its pictures where they are; a streamed reader keeps the last shards.
+
+    bad: one error per sample that is left out: members that are no sample by their names, and what `on_bad: skip` found.
+    warnings: what else a user should see: empty shards, members that were skipped, indexes that could not be kept.
+    blocks: samples per shard, for the order of a mixture; None where any order will do.
+    """
+
+    def __init__(self, source: TarSource):
+        self.source = source
+        self.shards = find_shards(source.file, stream=source.stream, remote=source.remote)
+        self._indexes = [shard.index() for shard in self.shards]
+        self._ends = np.cumsum([len(index) for index in self._indexes])
+        self._beyond = picture_below(source.images or ".", remote=source.remote)
+        self._held: dict[int, bytes] = {}
+        bad = [DataError(f"{shard.path}, sample {key}: {reason}") for shard, index in zip(self.shards, self._indexes, strict=True) for key, reason in index.lost]
+        self._numbers = np.arange(int(self._ends[-1]))
+        if source.on_bad == "skip" and not source.stream:
+            self._numbers = self._numbers[[self._holds(number, bad) for number in self._numbers.tolist()]]
+        self.bad = tuple(bad)
+        self.warnings = tuple(_warnings(self.shards, self._indexes, source.stream))
+        if not len(self._numbers):
+            raise DataError(f"{source.file} holds no samples", got=f"{len(bad)} that were left out, the first: {bad[0]}" if bad else f"{len(self.shards)} shards without members")
+
+    @property
+    def blocks(self) -> tuple[int, ...] | None:
+        return tuple(len(index) for index in self._indexes if len(index)) if self.source.stream else None
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`. Raises DataError with shard, key and cure; IndexError beyond the end."""
+        return self._sample(int(self._numbers[index]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_held": {}}
+
+    def file_hash(self) -> str:
+        """SHA-256 over the shards' base names and digests (`index_of`), in hexadecimal: no picture is read for it. The time of change does not count, so a copy is the same data."""
+        parts = ([shard.path.rpartition("/")[2], index.digest] for shard, index in zip(self.shards, self._indexes, strict=True))
+        return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
+
+    def _sample(self, number: int) -> Sample:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        index = self._indexes[place]
+        members = index.members(number - int(self._ends[place]) + len(index))
+        key, where = members[0].key, f"{self.shards[place].path}, sample {members[0].key}"
+        read, picture = self._ways(place)
+        record = _record(members, where, read)
+        pictures = [picture(member) for member in members if member.extension.rpartition(".")[2] in PICTURES]
+        if pictures and not _names_pictures(record):
+            record = {**record, "images": pictures}
+        if record.get("id") is None:
+            record = {**record, "id": key}
+        found = partial(self._picture, members, picture)
+        return sample_of(record, number=number, where=where, picture=found, prepend=self.source.missing_placeholder == "prepend")
+
+    def _ways(self, place: int) -> tuple[Callable[[Member], bytes], Callable[[Member], Picture]]:
+        """How members of a shard are read, and become pictures."""
+        shard = self.shards[place]
+        if not self.source.stream:
+            return shard.member, lambda member: Picture(shard.path, member.offset, member.size)
+        data = self._shard(place)
+        name = f"{shard.path}, "
+        return (
+            lambda member: data[member.offset : member.offset + member.size],
+            lambda member: Picture(name + member.name, size=member.size, data=data[member.offset : member.offset + member.size]),
+        )
+
+    def _shard(self, place: int) -> bytes:
+        """The bytes of a streamed shard. Where there is no room for another, those go that were asked for longest ago."""
+        data = self._held.pop(place, None)
+        if data is None:
+            room = KEPT - self._indexes[place].length
+            while self._held and sum(map(len, self._held.values())) > room:
+                del self._held[next(iter(self._held))]
+            data = self.shards[place].whole(self._indexes[place])
+        self._held[place] = data
+        return data
+
+    def _picture(self, members: Sequence[Member], picture: Callable[[Member], Picture], value: Any, where: str) -> Picture:
+        """What a record calls a picture: a member of its own by name, extension or base name, else what lies in the folder of pictures or in the record itself."""
+        name = value.get("path") if isinstance(value, Mapping) and value.get("bytes") is None else value
+        if not isinstance(name, str):
+            return self._beyond(value, where)
+        spellings = [{member.name: member for member in members}, {member.extension: member for member in members}, {member.base: member for member in members}]
+        for known, spelling in zip(spellings, (name.removeprefix("./"), name.lower(), name.rpartition("/")[2]), strict=True):
+            if spelling in known:
+                return picture(known[spelling])
+        if self.source.images is None and not ADDRESS.match(name):
+            raise DataError(
+                f"{where}: no member is the picture {name[:80]!r}",
+                got=f"the members {', '.join(member.base for member in members)}",
+                cure="name a member or its extension; or set `images` to the folder of pictures that are no members",
+            )
+        return self._beyond(value, where)
+
+    def _holds(self, number: int, bad: list[DataError]) -> bool:
+        try:
+            check_pictures(self._sample(number))
+        except DataError as error:
+            bad.append(error)
+            return False
+        return True
+
+
+def _record(members: Sequence[Member], where: str, read: Callable[[Member], bytes]) -> Mapping[str, Any]:
+    known = {member.extension: member for member in members}
+    member = next(known[extension] for extension in RECORDS if extension in known)
+    if member.size > LARGEST_RECORD:
+        raise DataError(f"{where}: {member.base} is too large for a record", got=f"{member.size:,} bytes", expected=f"at most {LARGEST_RECORD:,}")
+    try:
+        text = read(member).decode("utf-8-sig")
+        record = json.loads(text) if member.extension == "json" else {"caption": text.strip()}
+    except UnicodeDecodeError as error:
+        cure = "re-save it as UTF-8; encodings are not guessed"
+        raise DataError(f"{where}: {member.base} is not UTF-8 at byte {error.start}", got=f"0x{error.object[error.start]:02x}, {error.reason}", cure=cure) from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: {member.base} is not JSON at line {error.lineno} column {error.colno}", got=error.msg, cure="mend it, or `on_bad: skip`") from None
+    except RecursionError:
+        raise DataError(f"{where}: {member.base} is nested too deeply") from None
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: {member.base} is not an object", got=type(record).__name__, expected="an object with `conversations` or `messages`")
+    return record
+
+
+def _names_pictures(record: Mapping[str, Any]) -> bool:
+    """Whether a record says which pictures it has: under `image` or `images`, or within the parts of a message."""
+    if record.get("image") is not None or record.get("images") is not None:
+        return True
+    messages = record.get("messages")
+    contents = [row.get("content") for row in messages if isinstance(row, Mapping)] if isinstance(messages, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    return any(part.get(key) is not None for part in parts for key in ("image", "path", "url", "image_url"))
+
+
+def _warnings(shards: Sequence[Shard], indexes: Sequence[ShardIndex], stream: bool) -> Iterator[str]:
+    if empty := [shard.name for shard, index in zip(shards, indexes, strict=True) if not len(index) and not index.junk and not index.lost]:
+        yield f"{_count(len(empty), 'shard')} without members: {_listed(empty, len(empty))}"
+    junk: dict[str, tuple[int, list[str]]] = {}
+    for shard, index in zip(shards, indexes, strict=True):
+        found = dict(index.junk)
+        for key, reason in index.lost:
+            count, named = found.get(reason, (0, []))
+            found[reason] = count + 1, [*named, key]
+        for reason, (count, named) in found.items():
+            before, others = junk.get(reason, (0, []))
+            junk[reason] = before + count, [*others, *(f"{name} in {shard.name}" for name in named)][:NAMED]
+    for reason, (count, named) in junk.items():
+        yield f"{count:,} left out, {reason}: {_listed(named, count)}"
+    if unkept := [(shard.name, shard.unkept) for shard in shards if shard.unkept]:
+        yield f"{_count(len(unkept), 'index')} could not be kept beside the shards and will be made at every start: {_listed([f'{name} ({reason})' for name, reason in unkept], len(unkept))}"
+    largest = sum(sorted((index.length for index in indexes), reverse=True)[: WINDOW + 1])
+    if stream and largest > KEPT:
+        yield f"{WINDOW + 1} shards in use may take {largest:,} bytes, and {KEPT:,} are kept: shards will be read again and again; write smaller ones"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what.removesuffix('ex')}{'ices' if what.endswith('ex') else 's'}"
+
+
+def _listed(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {count - min(NAMED, len(names)):,} more" if count > min(NAMED, len(names)) else "")
