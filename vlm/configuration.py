@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from vlm.composition import from_plain, to_plain
 from vlm.config import LLMSpec, ModelSpec
+from vlm.connectors.base import ConnectorSpec
 
 __all__ = ["VLMConfig"]
 
@@ -39,8 +40,14 @@ class VLMConfig(PreTrainedConfig):
     @classmethod
     def of(cls, model: ModelSpec, text_config: Any, image_token_id: int) -> "VLMConfig":
         """From a composed model and the decoder's transformers config. Where first weights came from stays behind."""
-        adapt = {name: to_plain(spec) for name, spec in model.adapt.items()}
-        return cls(encoder=to_plain(replace(model.encoder, path=None)), connector=to_plain(model.connector), adapt=adapt, text_config=text_config, image_token_id=image_token_id)
+        adapt = {name: to_plain(spec.form()) for name, spec in model.adapt.items()}
+        return cls(
+            encoder=to_plain(replace(model.encoder, path=None)),
+            connector=to_plain(_without_path(model.connector)),
+            adapt=adapt,
+            text_config=text_config,
+            image_token_id=image_token_id,
+        )
 
     def spec(self) -> ModelSpec:
         """The parts' Specs; raises ConfigurationError for a part that nobody registered. No code is imported because a checkpoint names it."""
@@ -52,3 +59,7 @@ class VLMConfig(PreTrainedConfig):
             llm=LLMSpec(config=self.text_config.to_dict()),
             adapt={name: from_plain(llm.registry, {"use": name, **part}) for name, part in self.adapt.items()},
         )
+
+
+def _without_path(connector: ConnectorSpec) -> ConnectorSpec:
+    return replace(connector, path=None, then=None if connector.then is None else _without_path(connector.then))

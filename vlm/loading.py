@@ -12,32 +12,41 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vlm.config import LLMSpec, ModelSpec
+from vlm.config import LLMSpec, ModelSpec, links
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.initial import draw, first_values, gathered
-from vlm.weights.files import find_folder, read_tensors
+from vlm.weights.files import find_folder, read_file, read_tensors
 
 if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["build", "first_model", "form", "load", "load_tensors", "read_generation", "saved_model", "text_config"]
+__all__ = ["DERIVED", "build", "first_model", "form", "load", "load_connector", "load_tensors", "model_folder", "read_generation", "saved_model", "tables", "text_config"]
 
-_DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias|position_ids)$")
+DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias|position_ids)$")
 """Buffers that old files carry and modules compute by themselves."""
 
 
 # ---- into a module -------------------------------------------------------------------------------------------------------
 
 
-def load_tensors(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, source: str, key: Callable[[str], str | None] = lambda name: name, grow: Iterable[str] = ()) -> None:
-    """Copy tensors into a module, every parameter and persistent buffer exactly once.
+def load_tensors(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: str,
+    key: Callable[[str], str | None] = lambda name: name,
+    grow: Iterable[str] = (),
+    spell: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Copy tensors into a module, every parameter and persistent buffer exactly once; a tied one may come under both names where its values are the same.
 
     Args:
         source: what the messages call the checkpoint. key: name in the file -> name in the module, None to leave it out.
         grow: names whose rows may be more than the file's (embedding and head of a vocabulary with added tokens); new rows start as the mean of the old ones.
+        spell: name in the module -> how messages call it.
 
-    Raises CheckpointError naming missing, unexpected and mis-shaped keys.
+    Raises CheckpointError naming missing, unexpected, contradictory and mis-shaped keys.
     """
     targets = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
     storage: dict[int, list[str]] = {}
@@ -46,19 +55,25 @@ def load_tensors(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, so
     seen: set[str] = set()
     unexpected: list[str] = []
     misshaped: list[str] = []
+    contradictory: list[str] = []
     growing = set(grow)
     for file_name, tensor in tensors:
         name = key(file_name)
-        if name is None or (name not in targets and _DERIVED.search(name)):
+        if name is None or (name not in targets and DERIVED.search(name)):
             continue
         if name not in targets:
             unexpected.append(file_name)
             continue
+        if name in seen:
+            if not _holds(targets[name], tensor):
+                contradictory.append(file_name)
+            continue
         seen.update(storage[id(targets[name])])
         if not _copy(targets[name], tensor, name in growing):
             misshaped.append(f"{file_name} {tuple(tensor.shape)} for {_shape(targets[name])}")
-    missing = sorted(set(targets) - seen)
-    problems = [(len(names), kind, names) for kind, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped)) if names]
+    missing = sorted(spell(name) for name in set(targets) - seen)
+    kinds = (("missing", missing), ("unexpected", unexpected), ("given twice with different values", contradictory), ("mis-shaped", misshaped))
+    problems = [(len(names), kind, names) for kind, names in kinds if names]
     if problems:
         raise CheckpointError(
             f"{source} does not fit the model",
@@ -70,6 +85,13 @@ def load_tensors(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, so
 
 def _shape(target: Tensor) -> tuple[int, ...]:
     return tuple(getattr(target, "ds_shape", target.shape))
+
+
+def _holds(target: Tensor, tensor: Tensor) -> bool:
+    """Whether the target already has these values, in its dtype."""
+    with gathered([target] if isinstance(target, nn.Parameter) else []):
+        held = target[: len(tensor)] if tensor.ndim else target
+        return not target.numel() or torch.equal(held, tensor.to(target.dtype).to(target.device))
 
 
 @torch.no_grad()
@@ -99,7 +121,8 @@ def text_config(model: ModelSpec) -> Any:
     file = find_folder(model.llm.path) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file.parent} holds no config.json", cure="give the folder of a whole checkpoint, or the numbers as llm.config")
-    return decoder_config(json.loads(file.read_text(encoding="utf-8")))
+    numbers = json.loads(file.read_text(encoding="utf-8"))
+    return decoder_config(numbers["text_config"] if numbers.get("model_type") == "vlm" else numbers)
 
 
 def build(config: Any, zero: Mapping[str, Any] | None = None) -> "VLM":
@@ -122,8 +145,10 @@ def build(config: Any, zero: Mapping[str, Any] | None = None) -> "VLM":
 def form(spec: ModelSpec, image_token_id: int, vocabulary: int = 0) -> Any:
     """config.json of a model: the parts, and the decoder's numbers with room for the placeholder and the tokenizer's `vocabulary`. A padded vocabulary keeps its size."""
     from vlm.configuration import VLMConfig
+    from vlm.llm.decoder import check_attention
 
     numbers = text_config(spec)
+    check_attention(numbers, spec.llm.attention)
     numbers.vocab_size = max(numbers.vocab_size, image_token_id + 1, vocabulary)
     return VLMConfig.of(spec, numbers, image_token_id)
 
@@ -133,16 +158,39 @@ def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | 
 
     Draws from torch's default generator in a fixed order: the same values at every ZeRO stage and number of ranks.
     """
+    from vlm.llm.decoder import file_key
+
     model = build(form(replace(spec, adapt={}), image_token_id, vocabulary), zero)
     _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key)
-    for part in model.parts():
-        first_values(part, partial(part.initialise, model.encoder), reads=model.encoder)
-    tables = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())]
-    grow = [name for name, parameter in model.llm.named_parameters(remove_duplicate=False) if any(parameter is table for table in tables)]
-    _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), lambda name: name, grow)
+    for part, (link, _) in zip(model.parts(), links(spec.encoder, spec.connector, model.config.text_config.hidden_size), strict=True):
+        if link.path is not None:
+            load_connector(part, link.use, link.path)
+        else:
+            first_values(part, partial(part.initialise, model.encoder), reads=model.encoder)
+    _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), partial(file_key, model.llm), tables(model))
     read_generation(model, spec.llm)
     model.add_all(spec.adapt)
     return model
+
+
+def tables(model: "VLM") -> list[str]:
+    """Names in the decoder of what has a row per token: embedding and head."""
+    found = [module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return [name for name, parameter in model.llm.named_parameters(remove_duplicate=False) if any(parameter is table for table in found)]
+
+
+def load_connector(part: nn.Module, use: str, path: str) -> None:
+    """Weights of a connector from a file of its own: LLaVA's `mm_projector` in any spelling for mlp and linear, else our names. Raises CheckpointError."""
+    from vlm.weights.llava import projector_key
+
+    tensors = dict(read_file(path))
+    own = f"connector.{use}."
+    names = {name: projector_key(name) if use in ("mlp", "linear") and not name.startswith(own) else name for name in tensors}
+    other = {name: key.split(".")[1] for name, key in names.items() if key.startswith("connector.") and not key.startswith(own)}
+    if other:
+        name, kind = next(iter(other.items()))
+        raise CheckpointError(f"{path} holds another projector than the model", got=f"{kind} ({name}, ...)", expected=use, cure=f"set connector.use={kind}, or give another file")
+    load_tensors(part, tensors.items(), source=path, key=lambda name: names[name].removeprefix(own))
 
 
 def read_generation(model: "VLM", llm: LLMSpec) -> None:
@@ -174,12 +222,8 @@ def saved_model(folder: Path, zero: Mapping[str, Any] | None = None) -> "VLM":
     return model
 
 
-def load(folder: str | Path) -> "tuple[VLM, VLMProcessor]":
-    """A finished model with its processor, in evaluation mode: from a run's folder (its export), a stage's folder, or any folder that `save_pretrained` wrote."""
-    import vlm.auto  # noqa: F401  registers with the Auto classes
-    from vlm.model import VLM
-    from vlm.processor import VLMProcessor
-
+def model_folder(folder: str | Path) -> Path:
+    """Where the model of a finished run, a stage, an export or an import lies. Raises CheckpointError."""
     folder = Path(folder)
     if (folder / "export" / "config.json").is_file():
         folder = folder / "export"
@@ -187,4 +231,14 @@ def load(folder: str | Path) -> "tuple[VLM, VLMProcessor]":
         raise CheckpointError(
             f"{folder} holds no model", expected="config.json and model.safetensors, or a run folder with export/", cure="give the folder of a finished run or of one of its stages"
         )
+    return folder
+
+
+def load(folder: str | Path) -> "tuple[VLM, VLMProcessor]":
+    """A finished model with its processor, in evaluation mode: from a run's folder (its export), a stage's folder, or any folder that `save_pretrained` wrote."""
+    import vlm.auto  # noqa: F401  registers with the Auto classes
+    from vlm.model import VLM
+    from vlm.processor import VLMProcessor
+
+    folder = model_folder(folder)
     return VLM.from_pretrained(folder).eval(), VLMProcessor.from_pretrained(folder)

@@ -169,7 +169,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         """The facts of this call's tokens, completed where the caller left some out."""
         rows, length = embeddings.shape[:2]
         device = embeddings.device
-        attention = self.llm.config._attn_implementation
+        attention = str(self.llm.config._attn_implementation)
         if branch_ids is not None and decoders.is_varlen(attention):
             raise ConfigurationError("independent questions need a mask that flash attention cannot express", got=f"llm.attention {attention}", cure="set llm.attention: sdpa")
         index = torch.arange(past, past + length, device=device).expand(rows, -1)
@@ -268,10 +268,10 @@ class VLM(PreTrainedModel, GenerationMixin):
         adaptation.build(part, decoders.scope(self.llm))
         with gathered(part.parameters()):
             adaptation.initialise(part)
-        if brought := adaptation.projector():
-            from vlm.loading import load_tensors
+        if file := adaptation.projector():
+            from vlm.loading import load_connector
 
-            load_tensors(self.parts()[0], brought.items(), source=f"what the adaptation {name} brings for the connector")
+            load_connector(self.parts()[0], self.spec.connector.use, file)
         self.config.adapt = {**self.config.adapt, name: to_plain(adaptation.form())}
         self.spec = self.config.spec()
         self.name_tied()

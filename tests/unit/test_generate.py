@@ -160,8 +160,7 @@ def same_in_every_batch(model: VLM, processor: VLMProcessor, samples: list[Sampl
             assert torch.allclose(model(**processor([sample]), logits_to_keep=1).logits[0, -1], logits[index], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("pad", ["<|endoftext|>", None])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family, pad", [*((family, "<|endoftext|>") for family in tiny.FAMILIES), ("llama", None)])
 def test_batched_is_single_and_cached_is_uncached(family: str, pad: str | None) -> None:
     model, processor = made(family, tokenizer=tiny.tokenizer(pad=pad))
     seen = [picture(tiny.picture(seed=number, size=(30 + 5 * number, 28))) for number in range(3)]
@@ -171,7 +170,7 @@ def test_batched_is_single_and_cached_is_uncached(family: str, pad: str | None) 
     assert answer_all(model, processor, samples, batch_size=5, max_new_tokens=8, use_cache=False) == cached
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_field_gen_batch_mixed_images(field_folder: Path, family: str) -> None:
     case = field_folder / "gen_batch_mixed_images"
     rows = json.loads((case / "batch.json").read_text())
@@ -302,7 +301,7 @@ def streamed(model: VLM, processor: VLMProcessor, sample: Sample) -> tuple[list[
             return chunks, end.value
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_a_stream_says_what_a_batch_says(family: str) -> None:
     model, processor = made(family)
     sample = ask("Colour?", picture(tiny.picture(seed=1)))

@@ -66,7 +66,7 @@ class TokenContext:
     type: TEXT or VISION. document: which document of the micro-batch a token belongs to, -1 = padding. picture: which picture of the micro-batch, -1 = none.
     branch: 0 is the trunk of a document; tokens of a branch see the trunk and their own branch only (independent questions about one picture). order: index in the row's key table.
     position: original position in the document. plain: every row is one document without branches and without past, padded on the right or not at all, so that is_causal serves. has_vision: known on the host.
-    additive: eager attention adds its mask, so it needs 0 / min instead of booleans. losses, statistics: (name, layer) -> what adaptations leave; written, never appended to, since recomputation writes again.
+    additive: eager attention adds its mask, so it needs 0 / min instead of booleans. varlen: flash attention takes no such mask, but where documents begin. losses, statistics: (name, layer) -> what adaptations leave; written, never appended to, since recomputation writes again.
     """
 
     type: Tensor
@@ -79,10 +79,11 @@ class TokenContext:
     plain: bool = False
     has_vision: bool = True
     additive: bool = False
+    varlen: bool = False
     dtype: torch.dtype = torch.float32
     losses: dict[tuple[str, int], "Auxiliary"] = field(default_factory=dict)
     statistics: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    memo: dict[Any, Tensor] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def vision(self) -> Tensor:
@@ -108,6 +109,29 @@ class TokenContext:
                 allowed = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(self.dtype).min)
             self.memo[memo] = allowed
         return self.memo[memo]
+
+    def attention(self, window: int | None, first_key: int = 0) -> dict[str, Any]:
+        """What a layer's attention is called with: the mask against the keys from `first_key` on, or with flash attention what stands for it (the window is then the family's own argument)."""
+        if not self.varlen:
+            causal = self.plain and not self.additive and (window is None or self.order.shape[1] <= window)  # eager attention without a mask would not be causal
+            return {"attention_mask": None if causal else self.mask(window, first_key)}
+        if self.keys.document.shape[1] > self.order.shape[1]:  # behind a cache a row is one document; flash leaves padding out by a (B, K) mask
+            return {"attention_mask": (self.keys.document[:, first_key:] >= 0).to(torch.int64)}
+        return {"attention_mask": None} if self.plain else {"attention_mask": None, **self.segments()}
+
+    def segments(self) -> dict[str, Any]:
+        """The documents of this call as flash attention takes them: all rows one behind the other, cut where the document changes (padding is cut off like a document).
+
+        cu_seq_lens_q, cu_seq_lens_k: (segments + 1,) int32, where each begins, and the end; max_length_q, max_length_k: tokens of the longest.
+        """
+        if "segments" not in self.memo:
+            begins = torch.ones_like(self.document, dtype=torch.bool)
+            begins[:, 1:] = self.document[:, 1:] != self.document[:, :-1]
+            ends = torch.tensor([begins.numel()], device=begins.device)
+            cut = torch.cat([begins.flatten().nonzero()[:, 0], ends]).to(torch.int32)
+            longest = int(cut.diff().max())
+            self.memo["segments"] = {"cu_seq_lens_q": cut, "cu_seq_lens_k": cut, "max_length_q": longest, "max_length_k": longest}
+        return self.memo["segments"]
 
     def _allowed(self, window: int | None, first_key: int) -> Tensor:
         document, branch, position = (keys[:, None, first_key:] for keys in (self.keys.document, self.keys.branch, self.keys.position))

@@ -25,21 +25,30 @@ class LossHead(nn.Module):
         """hidden (..., D) -> logits (..., V); with hidden (N, D) and labels (N,) -> the cross entropy of each, (N,) float32."""
         if labels is None:
             return super().forward(hidden)
+        hidden = self.prepare(hidden)
         rows = max(1, CHUNK // self.decoder_config.vocab_size)
         if len(labels) <= rows:
             return self._loss(hidden, labels)
         parts = [checkpoint(self._loss, part, target, use_reentrant=False) for part, target in zip(hidden.split(rows), labels.split(rows), strict=True)]
         return torch.cat(parts)
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = finish_logits(super().forward(hidden), self.decoder_config)
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, D'): what inner modules have to do with all rows. Called once per micro-batch."""
+        return hidden
+
+    def project(self, prepared: Tensor) -> Tensor:
+        """(n, D') -> (n, V) for one chunk; calls no inner module."""
+        return super().forward(prepared)
+
+    def _loss(self, prepared: Tensor, labels: Tensor) -> Tensor:
+        logits = finish_logits(self.project(prepared), self.decoder_config)
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def adapt_head(head: nn.Module, config: Any) -> None:
-    """Turn a decoder's output embedding into a LossHead in place; parameter names stay."""
+def adapt_head(head: nn.Module, config: Any, kind: type[LossHead] = LossHead) -> None:
+    """Turn a decoder's output embedding into a LossHead in place; parameter names stay. kind: for a head with modules inside."""
     base = type(head)
-    head.__class__ = type("Loss" + base.__name__, (LossHead, base), {})
+    head.__class__ = type("Loss" + base.__name__, (kind, base), {})
     head.decoder_config = config  # type: ignore[assignment]
 
 

@@ -19,20 +19,16 @@ class AdaptedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, context: TokenContext | None = None, **kwargs: Any) -> Tensor:
         if context is None:
             return super().forward(hidden_states, **kwargs)
-        kwargs["attention_mask"] = self._mask(context, _cache_of(kwargs))
+        kwargs |= context.attention(self.window, self._first_key(context, _cache_of(kwargs)))
         with self.scope.use(context):
             out = super().forward(hidden_states, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _mask(self, context: TokenContext, cache: Any) -> Tensor | None:
+    def _first_key(self, context: TokenContext, cache: Any) -> int:
+        """Index in the row of the first key that the cache still holds: one of a sliding window forgets."""
         layers = getattr(cache, "layers", ())
         cached = layers[self.layer_index] if len(layers) > self.layer_index else None
-        if cached is not None and getattr(cached, "is_sliding", False):
-            _, first_key = cached.get_mask_sizes(context.order.shape[1])
-            return context.mask(self.window, int(first_key))
-        if context.plain and not context.additive and (self.window is None or context.order.shape[1] <= self.window):
-            return None  # sdpa's is_causal; eager attention without a mask would not be causal
-        return context.mask(self.window)
+        return int(cached.get_mask_sizes(context.order.shape[1])[1]) if cached is not None and getattr(cached, "is_sliding", False) else 0
 
 
 def _cache_of(kwargs: dict[str, Any]) -> Any:
