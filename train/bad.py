@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vlm.data.problems import kind_of
 from vlm.errors import DataError
 
 __all__ = ["BadSamples"]
@@ -26,7 +27,7 @@ class BadSamples:
         """Write down what readers left out when they were opened, as step 0. Raises DataError where that is above the budget."""
         for name, reader in sources.items():
             left_out: Iterable[DataError] = getattr(reader, "bad", ())
-            bad = [{"source": name, "kind": problem.kind, "reason": str(problem)} for problem in left_out]
+            bad = [{"source": name, "kind": kind_of(problem), "reason": str(problem)} for problem in left_out]
             if self.rank == 0:
                 self.add(0, bad)
             if len(bad) > self.budget * (len(reader) + len(bad)):

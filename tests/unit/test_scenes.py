@@ -12,7 +12,9 @@ from PIL import Image
 
 from vlm.data import scenes
 from vlm.data.llava import LlavaSource
+from vlm.data.sample import Sample
 from vlm.data.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, caption, draw_scene, paint, questions_about, write_scenes
+from vlm.data.tar import TarSource
 from vlm.errors import ConfigurationError, DataError
 
 SMALL: dict[str, Any] = {"scenes": 30, "held_out": 40, "per_kind": 10}
@@ -52,6 +54,23 @@ def test_everything_is_readable(root: Path):
     assert {sample.turns[1].kind for sample in align} == {"caption"}
     assert Counter(sample.turns[1].kind for sample in heldout) == dict.fromkeys(scenes.KINDS, 10)
     assert Image.open(root / "examples.png").width >= 480
+
+
+def test_shards_hold_the_same_samples(root: Path, tmp_path: Path):
+    assert write_scenes(tmp_path / "tar", to="tar", **SMALL, processes=1) == {"align": 30, "instruct": 30, "heldout": 40, "pictures": 70}
+    assert {path.name for path in (tmp_path / "tar").iterdir()} - {"tokenizer", "examples.png"} == {
+        f"{name}-000000.tar{end}" for name in ("align", "instruct", "heldout") for end in ("", ".index")
+    }
+    for name in ("align", "instruct", "heldout"):
+        there, here = LlavaSource(file=str(root / f"{name}.json")).open(), TarSource(file=str(tmp_path / "tar" / f"{name}-*.tar")).open()
+        assert [_said(sample) for sample in there] == [_said(sample) for sample in here]
+    with pytest.raises(ConfigurationError, match="llava or tar"):
+        write_scenes(tmp_path / "other", to="parquet", **SMALL)
+
+
+def _said(sample: Sample) -> tuple[Any, ...]:
+    parts = [[part if isinstance(part, str) else part.read() for part in turn.parts] for turn in sample.turns]
+    return sample.id, sample.independent, [(turn.role, turn.kind) for turn in sample.turns], parts
 
 
 def test_answers_follow_from_the_scene():

@@ -1,22 +1,23 @@
-"""Writes folders in LLaVA's format (a JSON file per split, pictures as files), and fills them from Parquet sets of questions about pictures."""
+"""Any data that a reader opens -> any format that is written: one folder, one file or set of shards per split."""
 
-import hashlib
-import json
+import glob
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
-from vlm.errors import ConfigurationError, DataError, EnvironmentProblem
+from vlm.data.sample import Picture, Sample, Turn
+from vlm.data.sources import sources_at
+from vlm.data.write import FORMATS, Written, write_split
+from vlm.errors import ConfigurationError, DataError
 
-__all__ = ["Question", "convert_parquet", "llava_record", "new_folder", "write_records"]
+__all__ = ["Question", "convert_data", "llava_record", "new_folder"]
 
-NEEDED = ("id", "image", "image_id", "question", "answer")
-TEXTS = tuple(column for column in NEEDED if column != "image")
-SUFFIXES = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"BM": ".bmp", b"II*\0": ".tif", b"MM\0*": ".tif"}
+GROUPED = {"image_id", "question", "answer"}
+"""Columns of a set of questions about pictures, several of them about one."""
 
 
 class Question(NamedTuple):
@@ -27,23 +28,22 @@ class Question(NamedTuple):
     kind: str | None = None
 
 
-def convert_parquet(source: Path, out: Path, to: str = "llava", *, group: bool = True) -> dict[str, dict[str, int]]:
-    """Turns Parquet files of (id, image, image_id, question, answer, kind) into a folder of LLaVA JSON and picture files. Other columns are left out.
+def convert_data(
+    source: str | Path, out: Path, to: str = "llava", *, reader: str | None = None, images: str | Path | None = None, group: bool = True, per_shard: int = 1000
+) -> dict[str, Written]:
+    """Turns every split at `source` (see `vlm.data.sources.sources_at`) into the format `to` (see `vlm.data.write.write_split`), and says per split what was written.
 
-    source: one Parquet file, or a folder with one file per split: train.parquet becomes train.json. out: a folder that is not there yet.
-    Pictures keep their bytes: one file per image_id in pictures/SPLIT/. `kind` is kept, on the question's turn.
-    group: all questions about a picture of the split called train become one sample of independent pairs, called by the image_id: the picture is encoded once for all of them.
-    The other splits always keep one question per sample, under the row's id, because evaluation asks every question alone.
+    Pictures keep their bytes; ids, kinds, roles and the order of texts and pictures are kept, which is proved for each record. out: a folder that is not there yet; it is written beside and renamed.
+    group: of Parquet sets with the columns image_id, question and answer: all questions about a picture of the split called train become one sample of independent pairs, called by the image_id, so that
+    the picture is encoded once for all of them. Other splits keep one question per sample, because evaluation asks every question alone.
 
-    Returns the numbers of samples, questions and pictures per split. Raises DataError with file and row, EnvironmentProblem without pyarrow.
+    Raises DataError with file and record for the first bad one, and for what the format cannot say; nothing is left then.
     """
-    if to != "llava":
-        raise ConfigurationError(f"cannot convert to {to!r}", expected="llava")
-    files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
-    if not files:
-        raise DataError(f"{source} holds no Parquet file", expected="train.parquet, val.parquet, ... in it")
+    if to not in FORMATS:
+        raise ConfigurationError(f"cannot convert to {to!r}", expected=f"one of {', '.join(FORMATS)}")
+    sources = sources_at(source, reader=reader, images=images)
     with new_folder(out) as folder:
-        return {file.stem: _convert_split(file, folder, group and file.stem == "train") for file in files}
+        return {split: _convert_split(spec, folder, split, to, group and split == "train", per_shard) for split, spec in sources.items()}
 
 
 def llava_record(name: str, image: str, questions: list[Question], independent: bool = False) -> dict[str, Any]:
@@ -53,11 +53,6 @@ def llava_record(name: str, image: str, questions: list[Question], independent: 
         asked = {"from": "human", "value": question.question if turns else f"<image>\n{question.question}"}
         turns += [asked | ({} if question.kind is None else {"kind": question.kind}), {"from": "gpt", "value": question.answer}]
     return {"id": name, "image": image} | ({"independent": True} if independent else {}) | {"conversations": turns}
-
-
-def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a JSON array with one record per line, so that it can be searched and compared line by line."""
-    path.write_text("[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n", encoding="utf-8")
 
 
 @contextmanager
@@ -76,72 +71,57 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _convert_split(file: Path, folder: Path, group: bool) -> dict[str, int]:
-    pictures: dict[str, tuple[str, bytes]] = {}
-    asked: dict[str, list[tuple[str, Question]]] = {}
-    for row, values in enumerate(_rows(file)):
-        where = f"{file}, row {row}"
-        if "<image>" in values["question"]:
-            raise DataError(f"{where}: the question holds the placeholder <image>", got=values["question"][:80], cure="word it differently")
-        _keep_picture(values["image"], values["image_id"], where, folder, file.stem, pictures)
-        asked.setdefault(values["image_id"], []).append((values["id"], Question(values["question"], values["answer"], values.get("kind"))))
-    if not asked:
-        raise DataError(f"{file} holds no rows")
-    if group:
-        records = [llava_record(image, pictures[image][0], [question for _, question in rows], independent=True) for image, rows in asked.items()]
-    else:
-        records = [llava_record(name, pictures[image][0], [question]) for image, rows in asked.items() for name, question in rows]
-    write_records(folder / f"{file.stem}.json", records)
-    return {"samples": len(records), "questions": sum(map(len, asked.values())), "pictures": len(pictures)}
+def _convert_split(spec: Any, folder: Path, split: str, to: str, group: bool, per_shard: int) -> Written:
+    from rich.console import Console
+    from rich.progress import track
+
+    reader = spec.open()
+    samples: Iterable[Sample] = reader
+    count = len(reader)
+    if group and spec.use == "hf" and (rows := _rows_of_pictures(spec.file)) is not None:
+        samples, count = (_one_sample(picture, [reader[row] for row in numbers]) for picture, numbers in rows.items()), len(rows)
+    console = Console(stderr=True)
+    watched = track(samples, split, total=count, console=console, transient=True, disable=not console.is_terminal)
+    written = write_split(watched, folder, split, to, per_shard=per_shard)
+    bad = [f"{len(reader.bad):,} samples are left out, the first: {reader.bad[0]}"] if reader.bad else []
+    return written._replace(warnings=(*getattr(reader, "warnings", ()), *bad))
 
 
-def _keep_picture(data: bytes, image: str, where: str, folder: Path, split: str, pictures: dict[str, tuple[str, bytes]]) -> None:
-    """Writes the picture where it is new. `pictures`: image_id -> (path below the folder, hash)."""
-    digest = hashlib.sha256(data).digest()
-    if image not in pictures:
-        # quote: an image_id may hold slashes, and two ids never share a file.
-        path = folder / "pictures" / quote(split, safe="") / (quote(image, safe="") + _suffix(data, where))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        pictures[image] = path.relative_to(folder).as_posix(), digest
-    elif pictures[image][1] != digest:
-        raise DataError(f"{where}: another picture under the same image_id", got=image, expected="one picture per image_id", cure="give each picture an image_id of its own")
+def _rows_of_pictures(file: str) -> dict[str, list[int]] | None:
+    """image_id -> its rows, for Parquet files with the columns that are grouped; None for others."""
+    from pyarrow import parquet
+
+    files = [file] if os.path.isfile(file) else sorted(glob.glob(file))
+    if not files or not all(name.endswith(".parquet") and set(parquet.read_schema(name).names) >= GROUPED for name in files):
+        return None
+    rows: dict[str, list[int]] = {}
+    names = [str(name) for part in files for name in parquet.read_table(part, columns=["image_id"]).column("image_id").to_pylist()]
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    return rows
 
 
-def _suffix(data: bytes, where: str) -> str:
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    for start, suffix in SUFFIXES.items():
-        if data.startswith(start):
-            return suffix
-    raise DataError(f"{where}: `image` is not a picture file", got=f"{len(data)} bytes, the first: {data[:8].hex(' ')}", expected="PNG, JPEG, WebP, GIF, BMP or TIFF")
+def _one_sample(picture: str, samples: list[Sample]) -> Sample:
+    """Samples of one question each as one of independent pairs, with the picture in front of the first."""
+    first = samples[0]
+    shown = [picture.read() for picture in first.pictures]
+    turns = list(first.turns)
+    for sample in samples[1:]:
+        if [picture.read() for picture in sample.pictures] != shown:
+            raise DataError(
+                f"{sample.where}: another picture under the same image_id", got=picture, expected="one picture per image_id", cure="give each an image_id of its own, or --no-group"
+            )
+        turns += [_without_picture(turn, sample.where) for turn in sample.turns]
+    return replace(first, id=picture, turns=tuple(turns), independent=True)
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise EnvironmentProblem("Parquet files need the package pyarrow", cure="pip install 'vlm[data]'") from error
-    try:
-        table = parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise DataError(f"{file} cannot be read as Parquet", got=error) from error
-    with table:
-        columns = table.schema_arrow.names
-        if missing := [column for column in NEEDED if column not in columns]:
-            raise DataError(f"{file} lacks the columns {', '.join(missing)}", got=", ".join(columns), expected=", ".join(NEEDED) + " and, if known, kind")
-        row = 0
-        for batch in table.iter_batches(512, columns=[*NEEDED, *(["kind"] if "kind" in columns else [])]):
-            for values in batch.to_pylist():
-                _check_row(values, f"{file}, row {row}")
-                row += 1
-                yield values
-
-
-def _check_row(values: dict[str, Any], where: str) -> None:
-    for column in TEXTS:
-        if not isinstance(values[column], str):
-            raise DataError(f"{where}: `{column}` is not text", got=repr(values[column])[:80], expected="a string")
-    if not isinstance(values["image"], bytes):
-        raise DataError(f"{where}: `image` does not hold a picture's bytes", got=type(values["image"]).__name__, expected="bytes of a PNG, JPEG or WebP file")
+def _without_picture(turn: Turn, where: str) -> Turn:
+    """The question alone, of one with its picture on a line in front."""
+    match turn.parts:
+        case (str(),):
+            return turn
+        case (Picture(), str(text)) if text.startswith("\n"):
+            return replace(turn, parts=(text[1:],))
+    raise DataError(
+        f"{where}: the question holds the placeholder <image>", got=turn.text[:80], expected="questions that share the picture in front of the first", cure="--no-group"
+    )

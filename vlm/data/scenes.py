@@ -8,15 +8,19 @@ import hashlib
 import math
 import multiprocessing
 import random
+import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm.data.convert import Question, llava_record, new_folder, write_records
+from vlm.data.convert import Question, llava_record, new_folder
+from vlm.data.llava import LlavaSource
 from vlm.data.tokenizer import write_tokenizer
+from vlm.data.write import write_records, write_split
 from vlm.errors import ConfigurationError
 
 __all__ = ["KINDS", "Scene", "Thing", "caption", "draw_scene", "paint", "questions_about", "write_scenes"]
@@ -148,13 +152,18 @@ def questions_about(scene: Scene) -> dict[str, list[Question]]:
     return found
 
 
-def write_scenes(folder: str | Path, *, seed: int = 0, scenes: int = 12000, held_out: int = 2000, per_kind: int = 300, questions: int = 6, processes: int = 2) -> dict[str, int]:
+def write_scenes(
+    folder: str | Path, *, to: str = "llava", seed: int = 0, scenes: int = 12000, held_out: int = 2000, per_kind: int = 300, questions: int = 6, processes: int = 2
+) -> dict[str, int]:
     """Writes the demo's data root: align.json, instruct.json, heldout.json, pictures/, tokenizer/, examples.png. The same bytes for a seed, whatever `processes`.
 
+    to: llava, or tar: the same samples and pictures as shards align-000000.tar, instruct-000000.tar, heldout-000000.tar, ... in the place of JSON and pictures/.
     align: a caption per training scene. instruct: `questions` independent questions per training scene, to one in five also the caption.
     heldout: `per_kind` questions per kind about the `held_out` scenes, one per sample, every answer of a kind equally often.
     Returns the numbers of samples and pictures. Raises ConfigurationError for sizes that cannot be had, DataError where `folder` holds something.
     """
+    if to not in ("llava", "tar"):
+        raise ConfigurationError(f"scenes cannot be written as {to!r}", expected="llava or tar")
     if scenes < 1 or not 1 <= questions <= 6:
         raise ConfigurationError(
             "at least one scene, and 1 to 6 questions about each", got=f"scenes {scenes}, questions {questions}", cure="a scene of one thing has no more than 6"
@@ -169,7 +178,17 @@ def write_scenes(folder: str | Path, *, seed: int = 0, scenes: int = 12000, held
         texts = (turn["value"].removeprefix("<image>") for record in align + instruct + heldout for turn in record["conversations"])
         write_tokenizer(root / "tokenizer", texts)
         _write_sheet(root, heldout)
+        if to == "tar":
+            _pack(root, ("align", "instruct", "heldout"))
     return {"align": len(align), "instruct": len(instruct), "heldout": len(heldout), "pictures": scenes + held_out}
+
+
+def _pack(root: Path, names: Iterable[str]) -> None:
+    """JSON and pictures -> shards."""
+    for name in names:
+        write_split(LlavaSource(file=str(root / f"{name}.json")).open(), root, name, "tar")
+        (root / f"{name}.json").unlink()
+    shutil.rmtree(root / "pictures")
 
 
 Job = tuple[Path, int, bool, int, int]
