@@ -50,25 +50,32 @@ def evaluate(
         sources: names of the run's `eval`, all by default. file, images: a LLaVA file and its folder of pictures instead; its name is the file's.
         stage: its weights instead of the export. limit: at most so many samples per source, spread evenly over it.
 
+    A folder that `vlm import` wrote is scored on `file`, with nothing to know of its training.
+
     Returns name -> {"kinds": kind -> n and COLUMNS as shares or None, "mean": of the kinds, "protocol", "answers": one entry per question}.
     question_only: the commonest training answer to the question's text, numbers masked, else of its kind. grey: the model's answers to grey pictures, None for kinds without.
     blind: the larger of these. chance: 1 / number of distinct training answers of the kind, None where training has no such kind.
     Raises ConfigurationError for an unknown name, CheckpointError for a folder without a run, DataError.
     """
     folder = Path(run_folder)
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder} holds no run", expected="config.yaml and export/", cure="give the folder that `vlm train` wrote")
-    spec = compose(RunSpec, folder / "config.yaml", allow_import=False)
-    chosen = {Path(file).stem: LlavaSource(file=str(file), images=None if images is None else str(images))} if file else _chosen(spec, sources)
-    if stage is not None and stage not in spec.stages:
-        raise ConfigurationError(f"run {spec.name} has no stage {stage!r}", expected=f"one of {', '.join(spec.stages)}")
+    spec = compose(RunSpec, folder / "config.yaml", allow_import=False) if (folder / "config.yaml").is_file() else None
+    if file is not None and (spec is not None or (folder / "config.json").is_file()):
+        chosen: dict[str, Any] = {Path(file).stem: LlavaSource(file=str(file), images=None if images is None else str(images))}
+    elif spec is not None:
+        chosen = _chosen(spec, sources)
+    else:
+        raise CheckpointError(
+            f"{folder} holds no run", expected="config.yaml and export/", cure="give the folder that `vlm train` wrote, or with `file` one that `vlm import` wrote"
+        )
+    if stage is not None and (spec is None or stage not in spec.stages):
+        raise ConfigurationError(f"{folder} has no stage {stage!r}", expected=f"one of {', '.join(spec.stages)}" if spec else "a run")
     asked = {name: [question for sample in _spread(source.open(), limit) for question in questions(sample)] for name, source in chosen.items()}
     model, processor = load(folder / "stages" / stage if stage else folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    learned = _training_answers(spec, {question.kind for found in asked.values() for question in found})
+    learned = _training_answers(spec, {question.kind for found in asked.values() for question in found}) if spec else TrainingAnswers()
     results: dict[str, dict[str, Any]] = {}
     for name, found in asked.items():
-        results[name] = {"run": spec.name, "stage": stage, "limit": limit, **_scored(model, processor, name, found, learned, batch_size, max_new_tokens)}
+        results[name] = {"run": spec.name if spec else folder.name, "stage": stage, "limit": limit, **_scored(model, processor, name, found, learned, batch_size, max_new_tokens)}
         _write(folder / "eval" / (f"{name}.{stage}.json" if stage else f"{name}.json"), results[name])
         Console().print(table(name, results[name]))
     return results
@@ -148,7 +155,9 @@ def _kinds(rows: Sequence[Mapping[str, Any]], pictured: set[str], learned: Train
     found: dict[str, dict[str, Any]] = {}
     for kind in accuracy:
         without = unseen[kind] if kind in pictured else None
-        values = (accuracy[kind], max(question_only[kind], without or 0.0), question_only[kind], without, learned.chance(kind))
+        guessed = question_only[kind] if learned.kinds else None  # what nobody was trained on here has no commonest answer
+        known = [share for share in (guessed, without) if share is not None]
+        values = (accuracy[kind], max(known, default=None), guessed, without, learned.chance(kind))
         found[kind] = {"n": names.count(kind), **dict(zip(COLUMNS, values, strict=True))}
     return found
 

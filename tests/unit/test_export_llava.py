@@ -73,6 +73,7 @@ MADE = {
     "siglip_llama_pad": Made("siglip", "llama", "pad", PromptSpec(use="vicuna_v1"), sentencepiece_like, (("vocab_size", 700),), level=3),
     "siglip_qwen2_crop": Made("siglip", "qwen2", "crop", PromptSpec(use="tokenizer"), lambda: tiny.tokenizer(chat=SYSTEM_REFUSED)),
     "siglip_llama_native": Made("siglip", "llama", "native", PromptSpec(use="plain"), lambda: tiny.tokenizer("metaspace_first"), (("vocab_size", 700),), level=1),
+    "clip_mistral_pad": Made("clip", "mistral", "pad", PromptSpec(use="chatml")),
     "clip_qwen2_squash": Made("clip", "qwen2", "squash", PromptSpec(use="vicuna_v1"), lambda: tiny.tokenizer(bos="<s>"), level=0),
 }
 FAULTY = "clip_llama_pad"
@@ -172,6 +173,13 @@ def test_a_key_without_a_place_is_an_error_and_an_unknown_one_stays():
     assert llava.from_llava("image_newline") == "image_newline"
 
 
+def test_every_row_of_the_key_map_is_read_back():
+    """Rows may share their left side (spellings), never their right one; the longest right side that fits wins."""
+    assert len({theirs for _, theirs in llava.KEYS}) == len(llava.KEYS)
+    for ours, theirs in llava.KEYS:
+        assert llava.from_llava(theirs + "x.weight") == ours + "x.weight"
+
+
 def test_dtype_ties_and_padded_vocabulary_are_kept(exported: dict[str, Exported]):
     one = exported["clip_qwen2_native"]
     config = json.loads((one.folder / "config.json").read_text())
@@ -237,7 +245,7 @@ def test_template_renders_what_training_shows(name: str, talk: str):
     as_strings = [{"role": t.role, "content": "".join(p if isinstance(p, str) else "<image>" for p in t.parts)} for t in TALKS[talk]]
     for messages in (as_lists, as_strings):
         text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
-        assert llava._tokenizer(tokenizer, llava._starts(prompt))(text)["input_ids"] == expected
+        assert llava._tokenizer(tokenizer, llava.starts_row(prompt))(text)["input_ids"] == expected
 
 
 # ---- refusals and files --------------------------------------------------------------------------------------------------
@@ -249,7 +257,7 @@ REFUSED = {
     "model.connector.hidden is 48": lambda spec: replace(spec, connector=MLPSpec(hidden=48)),
     "model.connector.then is linear": lambda spec: replace(spec, connector=MLPSpec(hidden=32, then=LinearSpec())),
     "model.connector.level is final": lambda spec: replace(spec, connector=MLPSpec(level="final")),
-    "model.adapt is mm_lora": lambda spec: replace(spec, adapt={"mm_lora": object()}),
+    "model.adapt is mm_lora": lambda spec: replace(spec, adapt={"mm_lora": SimpleNamespace(mergeable=False)}),
 }
 
 
@@ -262,7 +270,7 @@ def test_what_llava_does_not_have_is_named(words: str):
 def test_a_family_with_capped_logits_is_refused(tmp_path: Path):
     model, processor = Made("clip", "gemma2", "native", PromptSpec(use="chatml")).build()
     assert not llava.supports(model.spec, model.config.text_config)
-    with pytest.raises(ConfigurationError, match=r"model\.llm is gemma2, LLaVA has llama or qwen2"):
+    with pytest.raises(ConfigurationError, match=r"model\.llm is gemma2, LLaVA has llama or mistral or qwen2"):
         llava.write(model, processor, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -309,7 +317,7 @@ def test_an_export_appears_only_when_it_is_proven(run: Path, monkeypatch: pytest
 
     monkeypatch.setattr(exporting, "fresh_answers", lambda jobs, scratch: [agreed])
     report = exporting.export_run(run)
-    assert json.loads((out / "export_check.json").read_text()) == {"folder": str(out), "max_logit_difference": 0.0, "tokens_equal": report.tokens_equal, "prompts": 4}
+    assert json.loads((out / "export_check.json").read_text()) == {"folder": str(out), "max_logit_difference": 0.0, "tokens_equal": report.tokens_equal, "prompts": 4, "merged": ""}
 
     proven = (out / "model.safetensors").stat().st_ino
     monkeypatch.setattr(exporting, "fresh_answers", lambda jobs, scratch: [[case | {"logits": case["logits"] + 2e-4} for case in agreed]])

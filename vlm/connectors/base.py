@@ -51,10 +51,11 @@ class Connector(nn.Module):
 class ConnectorSpec:
     """Configuration of one connector.
 
-    level: which hidden state of the tower is read. stream: which stream, None for the only one. then: the next link of the chain.
+    path: file with first weights, such as a released `mm_projector.bin`; default: drawn. level: which hidden state of the tower is read. stream: which stream, None for the only one. then: the next link of the chain.
     """
 
     use: ClassVar[str]
+    path: str | None = None
     level: Level = -2
     stream: str | None = None
     official: bool = False

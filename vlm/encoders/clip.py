@@ -130,11 +130,13 @@ def checked(config_class: Any, numbers: Mapping[str, Any] | None) -> Mapping[str
 
 
 def beside_weights(path: str) -> Mapping[str, Any]:
-    """The tower's numbers from the config.json beside its weights (`vision_config` of a two-tower file). Raises CheckpointError."""
+    """The tower's numbers from the config.json beside its weights (`vision_config` of a two-tower file, the encoder's of one of our own folders). Raises CheckpointError."""
     from vlm.weights.files import find_folder
 
     file = find_folder(path) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file.parent} holds no config.json", cure="give the folder of a whole checkpoint, or the numbers as encoder.config")
     numbers = json.loads(file.read_text(encoding="utf-8"))
+    if numbers.get("model_type") == "vlm":
+        return numbers["encoder"]["config"]
     return numbers.get("vision_config", numbers)

@@ -1,4 +1,4 @@
-"""Export as transformers' own `LlavaForConditionalGeneration`: key names, configuration, processor, chat template, generation settings."""
+"""LLaVA: the names of its tensors, read and written, and export as transformers' own `LlavaForConditionalGeneration` (llava_read.py reads its folders)."""
 
 import copy
 import json
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from vlm.processor import VLMProcessor
     from vlm.prompt import Prompt
 
-__all__ = ["DECODERS", "KEYS", "TOWERS", "Obstacle", "chat_template", "from_llava", "obstacles", "supports", "to_llava", "write"]
+__all__ = [
+    "DECODERS", "KEYS", "PLACEHOLDER", "TOWERS", "Obstacle", "chat_template", "from_llava", "obstacles", "projector_key", "row_of", "starts_row", "supports", "to_llava", "write",
+]  # fmt: skip
 
 KEYS = (
     ("encoder.tower.", "vision_tower.vision_model."),
@@ -23,16 +25,33 @@ KEYS = (
     ("connector.mlp.layers.2.", "multi_modal_projector.linear_2."),
     ("llm.model.", "language_model.model."),
     ("llm.lm_head.", "language_model.lm_head."),
+    # transformers 5 saves the tower so
     ("encoder.tower.", "vision_tower."),
+    # transformers 4.52 and later in memory
+    ("encoder.tower.", "model.vision_tower.vision_model."),
+    ("encoder.tower.", "model.vision_tower."),
+    ("connector.mlp.layers.0.", "model.multi_modal_projector.linear_1."),
+    ("connector.mlp.layers.2.", "model.multi_modal_projector.linear_2."),
+    ("llm.model.", "model.language_model."),
+    ("llm.lm_head.", "lm_head."),
+    # LLaVA's own program
+    ("encoder.tower.", "model.vision_tower.vision_tower.vision_model."),
+    ("encoder.tower.", "model.vision_tower.vision_tower."),
+    ("connector.linear.layers.0.weight", "model.mm_projector.weight"),
+    ("connector.linear.layers.0.bias", "model.mm_projector.bias"),
+    ("connector.mlp.layers.", "model.mm_projector."),
+    ("llm.model.", "model."),
 )
-"""Start of our names -> start of the names in released LLaVA files. Read downwards in both directions: what stands twice on the left is written in its
-first spelling and read in both. The second one is how transformers 5 saves."""
+"""Start of our names -> start of the names in files. Written in the first row that fits, which is how released files are spelt; read in any, by the longest start that fits."""
+
+PROJECTORS = ("base_model.model.model.mm_projector.", "model.mm_projector.", "mm_projector.", "model.multi_modal_projector.", "multi_modal_projector.")
+"""Starts of the names in files that hold a projector alone; some have none."""
 
 TOWERS = {"clip": "default", "siglip": "full"}
 """Encoder -> `vision_feature_select_strategy`: "default" drops the class token, "full" keeps every token."""
 
-DECODERS = ("llama", "qwen2")
-"""Decoder families (`model_type`) that can be exported. LlavaForConditionalGeneration has a plain linear head without bias: a family that scales or caps its logits cannot join."""
+DECODERS = ("llama", "mistral", "qwen2")
+"""Decoder families (`model_type`) that go both ways. LlavaForConditionalGeneration has a plain linear head without bias: a family that scales or caps its logits cannot join."""
 
 PLACEHOLDER = "<image>"
 
@@ -47,10 +66,20 @@ def to_llava(name: str) -> str:
 
 def from_llava(name: str) -> str:
     """Name in a LLaVA file -> name in VLM; a name that LLaVA does not have comes back as it is, for the loader to report."""
-    for ours, theirs in KEYS:
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+    row = row_of(name)
+    return row[0] + name.removeprefix(row[1]) if row else name
+
+
+def row_of(name: str) -> tuple[str, str] | None:
+    """The row of KEYS by which a file's name is read."""
+    return max((row for row in KEYS if name.startswith(row[1])), key=lambda row: len(row[1]), default=None)
+
+
+def projector_key(name: str) -> str:
+    """Name in a projector's file, whatever stands in front of it -> name in VLM."""
+    start = next((start for start in PROJECTORS if name.startswith(start)), "")
+    own = name.removeprefix(start)
+    return from_llava(("multi_modal_projector." if own.startswith("linear_") else "model.mm_projector.") + own)
 
 
 # ---- what can be exported ------------------------------------------------------------------------------------------------
@@ -71,10 +100,11 @@ class Obstacle:
 def obstacles(model: ModelSpec, text_config: Any) -> list[Obstacle]:
     """All that keeps a model from being a LlavaForConditionalGeneration; empty where nothing does."""
     encoder, connector = model.encoder, model.connector
+    kept = [name for name, spec in model.adapt.items() if not spec.mergeable]  # the others are merged before they are written
     found = [
         (encoder.use not in TOWERS, "model.encoder", encoder.use, " or ".join(TOWERS)),
         (text_config.model_type not in DECODERS, "model.llm", text_config.model_type, " or ".join(DECODERS)),
-        (bool(model.adapt), "model.adapt", ", ".join(model.adapt), "a decoder without adaptations (merge them first, where that is possible)"),
+        (bool(kept), "model.adapt", ", ".join(kept), "a decoder without adaptations"),
         (not isinstance(connector.level, int), "model.connector.level", connector.level, "a numbered hidden state, such as -2"),
     ]
     if connector.use != "mlp":
@@ -108,6 +138,7 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
         raise ConfigurationError(
             f"this model cannot be exported as LLaVA: {'; '.join(map(str, found))}", cure="export a model of these parts, or load it through vlm or the Auto classes"
         )
+    assert not model.spec.adapt, "merge_lora comes first"
     exported = _processor(processor)
     folder.mkdir(parents=True, exist_ok=True)
     tied = set(model._tied_weights_keys or ())
@@ -155,7 +186,7 @@ def _processor(processor: "VLMProcessor") -> Any:
     from transformers import LlavaProcessor
 
     encoder: Any = processor.model.encoder
-    tokenizer = _tokenizer(processor.tokenizer, _starts(processor.prompt))
+    tokenizer = _tokenizer(processor.tokenizer, starts_row(processor.prompt))
     tokenizer.chat_template = chat_template(processor.prompt)
     return LlavaProcessor(
         image_processor=_image_processor(processor),
@@ -224,7 +255,7 @@ def _start_token(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _starts(prompt: "Prompt") -> bool:
+def starts_row(prompt: "Prompt") -> bool:
     """Whether rows of this prompt begin with the start token. The exported tokenizer writes it, so that what follows has the word mark of a text's beginning, as in training."""
     encoded = prompt.encode((Turn("user", ("q",)), Turn("assistant", ("a",), supervised=True)))
     return prompt.tokenizer.bos_token_id is not None and encoded.ids[0] == prompt.tokenizer.bos_token_id
@@ -282,7 +313,7 @@ def chat_template(prompt: "Prompt") -> str:
             preamble += _FOLD
         if system:
             preamble += _SYSTEM.replace("SYSTEM", json.dumps(system, ensure_ascii=False))  # JSON's escapes are Jinja's
-    if _starts(prompt):
+    if starts_row(prompt):
         preamble += "{%- set bos_token = '' -%}\n"
     if "strftime_now" in template.chat:
         preamble += _NO_DATE  # training shows no date

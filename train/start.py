@@ -1,0 +1,106 @@
+"""A run that goes on from a finished model (`start: FOLDER`): an import, an export, a stage of another run."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlm.composition import to_plain
+from vlm.config import ModelSpec
+from vlm.configuration import VLMConfig
+from vlm.connectors.base import ConnectorSpec
+from vlm.encoders.base import EncoderSpec
+from vlm.errors import ConfigurationError
+from vlm.llm.base import AdaptationSpec
+from vlm.loading import build, form, load_tensors, model_folder
+from vlm.weights.files import read_tensors
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+
+__all__ = ["check_start", "started_model"]
+
+_FREE = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "vocab_size", "max_position_embeddings", "projection_dim"}
+"""Of a transformers config: what changes no answer (ids, dropout and first values neither), and the vocabulary, which is looked at apart."""
+
+
+def check_start(start: str, spec: ModelSpec, image_token_id: int, vocabulary: int = 0) -> VLMConfig:
+    """config.json of the folder that a run starts from, once it is known to be of the run's parts.
+
+    Args:
+        spec: the model in the first stage. image_token_id, vocabulary: of the run's tokenizer.
+
+    Raises CheckpointError for a folder without a model, ConfigurationError naming every part that differs.
+    """
+    folder = model_folder(start)
+    written: Any = VLMConfig.from_pretrained(folder)
+    wanted: Any = form(spec, image_token_id, vocabulary)
+    found = list(_differences(written, spec, wanted))
+    if written.image_token_id != image_token_id or written.text_config.vocab_size < wanted.text_config.vocab_size:
+        got = f"pictures at id {written.image_token_id} of {written.text_config.vocab_size:,}"
+        found.append(f"tokenizer ({got} there, {image_token_id} of {wanted.text_config.vocab_size:,} here; set model.llm.tokenizer={folder})")
+    if found:
+        raise ConfigurationError(
+            f"{folder} is of another model than the run describes",
+            got="; ".join(found),
+            expected="the same parts",
+            cure="let `model` say what the folder holds, or start from another",
+        )
+    return written
+
+
+def _differences(written: Any, spec: ModelSpec, wanted: Any) -> Iterator[str]:
+    """Every value that differs: PATH (there ..., here ...)."""
+    there = written.spec()
+    yield from _differing("model.encoder", _encoder(there.encoder), _encoder(spec.encoder))
+    yield from _differing("model.connector", _connector(there.connector), _connector(spec.connector))
+    yield from _differing("model.llm", _numbers(written.text_config), _numbers(wanted.text_config))
+    for name, adaptation in there.adapt.items():
+        if name not in spec.adapt:
+            yield f"model.adapt.{name} (there, not in the first stage here)"
+        else:
+            yield from _differing(f"model.adapt.{name}", _adaptation(adaptation), _adaptation(spec.adapt[name]))
+
+
+def _differing(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted({*there, *here}):
+        one, other = there.get(key), here.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differing(f"{path}.{key}", one, other)
+        elif one != other:
+            yield f"{path}.{key} ({one!r} there, {other!r} here)"
+
+
+def _encoder(spec: EncoderSpec) -> dict[str, Any]:
+    """What it computes: not where its first weights came from; of a tower of transformers every number, the class's defaults filled in."""
+    plain = to_plain(replace(spec, path=None, weights="path"))
+    numbers = getattr(spec, "numbers", None)
+    return plain | ({"config": _free(numbers())} if numbers is not None else {})
+
+
+def _connector(spec: ConnectorSpec) -> dict[str, Any]:
+    return to_plain(replace(spec, path=None)) | ({} if spec.then is None else {"then": _connector(spec.then)})
+
+
+def _adaptation(spec: AdaptationSpec) -> dict[str, Any]:
+    """What it is: not when it entered, nor where its first values came from."""
+    return {key: value for key, value in to_plain(spec).items() if key not in ("since", "path")}
+
+
+def _numbers(config: Any) -> dict[str, Any]:
+    return _free(config.to_dict())
+
+
+def _free(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in numbers.items() if key not in _FREE and not key.endswith(("_token_id", "dropout")) and not key.startswith(("initializer", "_"))}
+
+
+def started_model(start: str, spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | None = None, vocabulary: int = 0) -> "VLM":
+    """The first stage's model with the folder's weights, every tensor once; adaptations that the folder does not have are added as at a later stage. Raises as `check_start`, CheckpointError."""
+    written = check_start(start, spec, image_token_id, vocabulary)
+    folder: Path = model_folder(start)
+    present = {name: adaptation for name, adaptation in spec.adapt.items() if name in written.adapt}
+    model = build(form(replace(spec, adapt=present), image_token_id, written.text_config.vocab_size), zero)
+    load_tensors(model, read_tensors(folder), source=str(folder))
+    model.add_all({name: adaptation for name, adaptation in spec.adapt.items() if name not in present})
+    return model
