@@ -39,7 +39,11 @@ def absolute(run: RunSpec) -> RunSpec:
     def connector(spec: ConnectorSpec) -> ConnectorSpec:
         return replace(of(spec, "path"), then=None if spec.then is None else connector(spec.then))
 
-    model = replace(run.model, encoder=of(run.model.encoder, "path", only_folders=True), connector=connector(run.model.connector), llm=of(run.model.llm, "path", "tokenizer", only_folders=True))
+    def folders(spec: Any, *names: str) -> Any:
+        return of(spec, *names, only_folders=True)
+
+    adapt = {name: folders(spec, "path") for name, spec in run.model.adapt.items()}
+    model = replace(run.model, encoder=folders(run.model.encoder, "path"), connector=connector(run.model.connector), llm=folders(run.model.llm, "path", "tokenizer"), adapt=adapt)
     return replace(of(run, "data_root", "runs", "start"), model=model, data={name: of(spec, "file", "images") for name, spec in run.data.items()})
 
 

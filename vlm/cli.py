@@ -25,7 +25,7 @@ class _Friendly(TyperGroup):
 app = typer.Typer(
     cls=_Friendly, help="Vision-language models from exchangeable parts, trained by one YAML.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
-data = typer.Typer(cls=_Friendly, help="Data: convert other formats, make the demo's scenes.", no_args_is_help=True)
+data = typer.Typer(cls=_Friendly, help="Data: check them, convert them, make the demo's scenes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 
@@ -107,14 +107,85 @@ def chat_command(
 @app.command("export")
 def export_command(
     run: Run,
-    to: Annotated[str, typer.Option(help="The family whose classes load the result.")] = "llava",
+    to: Annotated[str, typer.Option(help="The family whose classes load the result; peft: LoRA alone, as stock adapters.")] = "llava",
     out: Annotated[Path | None, typer.Option(help="Where to; default RUN/export-FAMILY.")] = None,
 ) -> None:
-    """Write a checkpoint that transformers' own classes load, and prove it in a fresh process. Example: vlm export runs/demo --to llava"""
+    """Write a checkpoint that transformers' own classes load, and prove it in a fresh process; LoRA is merged. Example: vlm export runs/demo --to llava"""
+    if to == "peft":
+        from vlm.weights.adapter import export_adapters
+
+        typer.echo("\n".join(export_adapters(run, out)))
+        return
     from vlm.weights.export import export_run
 
     report = export_run(run, out, to=to)
+    if report.merged:
+        typer.echo(report.merged)
     typer.echo(f"{report.folder}: max logit difference {report.max_logit_difference:.2e} over {report.prompts} prompts, greedy tokens equal")
+
+
+@app.command("ablate")
+def ablate_command(
+    config: Config,
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE,VALUE,... in YAML; several options make a grid. The first values are what the others are compared with.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="How many, from the configuration's own on.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="The folder of all runs; default RUNS/NAME-ablation.")] = None,
+) -> None:
+    """Train and score a grid of settings with several seeds, one after another; differences seed by seed. Goes on where it stopped.
+    Example: vlm ablate demo data_root=demo_data --vary model.connector.depth=1,2 --seeds 3"""
+    import vlm
+    from vlm.train.ablate import run_ablation
+
+    found = run_ablation(config, overrides or [], vary or [], seeds=seeds, evaluate=vlm.evaluate, out=out)
+    found.print()
+    raise typer.Exit(1 if found.failed else 0)
+
+
+@app.command("doctor")
+def doctor_command(
+    runs: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"), as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False
+) -> None:
+    """Versions, devices, and what is known to keep a run from working here; exit code 1 if anything does. Example: vlm doctor"""
+    import json
+
+    from vlm.train.doctor import examine
+
+    diagnosis = examine(runs)
+    if as_json:
+        typer.echo(json.dumps(diagnosis.plain(), indent=1))
+    else:
+        diagnosis.print()
+    raise typer.Exit(0 if diagnosis.ok else 1)
+
+
+@app.command("import")
+def import_command(
+    path: Annotated[str, typer.Argument(help="A folder, or a hub repository whose snapshot is in the local cache.")],
+    family: Annotated[str, typer.Option(help="What it is.")] = "llava",
+    out: Annotated[Path | None, typer.Option(help="Where to; default NAME-vlm.")] = None,
+    tower: Annotated[str | None, typer.Option(help="A folder with the vision tower, or with its numbers, where PATH has none.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder with the tokenizer, where PATH has none.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Another prompt than the checkpoint's own.")] = None,
+) -> None:
+    """Write a model of others as a folder that chat, export and train open. Example: vlm import llava-1.5-7b-hf --family llava"""
+    from vlm.weights.imports import import_model
+
+    report = import_model(path, out, family, tower=tower, tokenizer=tokenizer, prompt=prompt)
+    typer.echo(f"{report.folder}: {report.parts}, {report.dtype}, prompt {report.prompt}, pictures {report.images}")
+    for note in report.notes:
+        typer.echo(f"  {note}")
+
+
+@app.command("merge")
+def merge_command(run: Run, out: Annotated[Path | None, typer.Option(help="Where to; default RUN/merged.")] = None) -> None:
+    """Compute a run's LoRA into its weights; the result loads like any other folder. Example: vlm merge runs/demo"""
+    from vlm.weights.merge import merge_run
+
+    folder, merged = merge_run(run, out)
+    typer.echo(f"{folder}: {merged}")
 
 
 @app.command("list")
@@ -156,26 +227,64 @@ def demo_command(
 
 
 @data.command("scenes")
-def scenes_command(folder: Path, seed: int = 0, count: int = 12000, held_out: int = 2000) -> None:
+def scenes_command(
+    folder: Path, seed: int = 0, count: int = 12000, held_out: int = 2000, to: Annotated[str, typer.Option(help="llava: JSON and picture files; or tar shards.")] = "llava"
+) -> None:
     """Make the demo's pictures, captions, questions and tokenizer."""
     from vlm.data.scenes import write_scenes
 
-    typer.echo(write_scenes(folder, seed=seed, scenes=count, held_out=held_out))
+    typer.echo(write_scenes(folder, to=to, seed=seed, scenes=count, held_out=held_out))
+
+
+@data.command("check")
+def data_check_command(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="A file, a glob of the parts of a split, or a folder with a file or numbered parts per split.")],
+    reader: Annotated[str | None, typer.Option(help="Default: told by the extension.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Where paths of pictures start; default: beside the file.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Read every picture's header, not the first 1,000.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the report to this file too.")] = None,
+) -> None:
+    """Say what data hold and what is wrong with them; the exit code is 1 where something is. Example: vlm data check digits/train.json"""
+    from vlm.data.sources import sources_at
+    from vlm.data.survey import survey_source, write_report
+
+    surveys = {split: survey_source(spec, everything=everything) for split, spec in sources_at(source, reader=reader, images=images).items()}
+    for found in surveys.values():
+        found.print()
+    if json is not None:
+        write_report(json, surveys)
+    raise typer.Exit(0 if all(found.ok for found in surveys.values()) else 1)
 
 
 @data.command("convert")
-def convert_command(source: Path, out: Path, to: Annotated[str, typer.Option(help="The format to write.")] = "llava") -> None:
-    """Parquet picture sets -> LLaVA JSON and picture files. Example: vlm data convert sets/digits_strips digits --to llava"""
-    from vlm.data.convert import convert_parquet as write
+def convert_command(
+    source: Annotated[str, typer.Argument(help="A file, a glob of the parts of a split, or a folder with a file or numbered parts per split.")],
+    out: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    to: Annotated[str, typer.Option(help="llava, messages, sharegpt, parquet or tar.")] = "llava",
+    reader: Annotated[str | None, typer.Option(help="Default: told by the extension.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Where paths of pictures start; default: beside the file.")] = None,
+    group: Annotated[bool, typer.Option(help="Of Parquet sets with an image_id: all training questions about a picture become one sample.")] = True,
+    per_shard: Annotated[int, typer.Option(help="Samples per tar shard.")] = 1000,
+) -> None:
+    """Turn data of any format into another; pictures keep their bytes. Example: vlm data convert sets/digits_strips digits --to tar"""
+    from vlm.data.convert import convert_data
 
-    typer.echo(write(source, out, to=to))
+    for split, written in convert_data(source, out, to, reader=reader, images=images, group=group, per_shard=per_shard).items():
+        for warning in written.warnings:
+            typer.secho(f"{split}: {warning}", fg="yellow", err=True)
+        typer.echo(f'{split}: {written.samples:,} samples, {written.answers:,} answers, {written.pictures:,} pictures; {{reader: {written.reader}, file: "{out / written.file}"}}')
 
 
 @data.command("tokenizer")
-def tokenizer_command(file: Path, out: Path, size: Annotated[int, typer.Option(help="Tokens, at most.")] = 512) -> None:
-    """Make a small tokenizer of a LLaVA-format file's own text. Example: vlm data tokenizer digits/train.json digits/tokenizer"""
-    from vlm.data.llava import LlavaSource
+def tokenizer_command(
+    source: Annotated[str, typer.Argument(help="A file, a glob of the parts of a split, or a folder; all its splits are read.")],
+    out: Path,
+    size: Annotated[int, typer.Option(help="Tokens, at most.")] = 512,
+) -> None:
+    """Make a small tokenizer of data's own text. Example: vlm data tokenizer digits/train.json digits/tokenizer"""
+    from vlm.data.sources import sources_at
     from vlm.data.tokenizer import write_tokenizer
 
-    length = write_tokenizer(out, (turn.text for sample in LlavaSource(file=str(file)).open() for turn in sample.turns), size)
+    readers = [spec.open() for spec in sources_at(source).values()]
+    length = write_tokenizer(out, (turn.text for reader in readers for index in range(len(reader)) for turn in reader[index].turns), size)
     typer.echo(f"{out}: {length} tokens")

@@ -23,7 +23,7 @@ from vlm.train.stages import whole_tensors
 from vlm.train.steps import MicroBatch, Step
 
 CURVE = ("every_stage.steps=20", "every_stage.batch=8", "every_stage.micro_batch=2", "stages.instruct.train={encoder: 1.0e-3, connector: 1.0e-3, llm: 1.0e-3}", "workers=0")
-LORA = "model.adapt={lora: {since: SINCE, rank: 4, dropout: DROPOUT, targets: ['*_proj', lm_head]}, tower_lora: {use: lora, part: encoder, rank: 2}}"
+LORA = "model.adapt={lora: {since: SINCE, rank: 4, dropout: DROPOUT, targets: ['*_proj', lm_head, embed_tokens]}, tower_lora: {use: lora, part: encoder, rank: 2}}"
 heads.CHUNK = 8 * 512  # eight rows: the number of chunks differs between the ranks
 
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -40,12 +40,16 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Report:
-    """A proven export. prompts: how many were compared. max_logit_difference: over all of them, in fp32. tokens_equal: how many greedy tokens agreed, all that there were."""
+    """A proven export. prompts: how many were compared. max_logit_difference: over all of them, in fp32. tokens_equal: how many greedy tokens agreed, all that there were.
+
+    merged: what of LoRA was merged before writing.
+    """
 
     folder: str
     max_logit_difference: float
     tokens_equal: int
     prompts: int
+    merged: str = ""
 
 
 def families() -> dict[str, ModuleType]:
@@ -69,9 +73,10 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
         NumericsError: logits or greedy tokens differ.
     """
     from vlm.loading import load
+    from vlm.weights.merge import merge_lora
 
     if to not in families():
-        raise ConfigurationError(f"no export is called {to!r}", expected=f"one of {', '.join(families())}")
+        raise ConfigurationError(f"no export is called {to!r}", expected=f"one of {', '.join([*families(), 'peft'])}")
     out = Path(out) if out is not None else Path(source_folder) / f"export-{to}"
     if out.exists() and any(out.iterdir()) and not (out / REPORT).is_file():
         raise ConfigurationError(f"{out} holds something else than an export", cure="give a folder that is new, empty or an earlier export")
@@ -80,13 +85,14 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
     asked = questions(pictures_only=prompt.template.pictures_only, system=prompt.spec.fold_system == "fold" or prompt.keeps_system)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
+        merged = merge_lora(model)
         families()[to].write(model, processor, partial)
         with TemporaryDirectory(prefix="vlm-export-") as scratch:
             draw_pictures(Path(scratch))
             ours = answers(model, processor, partial, asked, Path(scratch))
             del model  # the fresh process needs its memory
             [theirs] = fresh_answers([(partial, asked)], Path(scratch))
-        report = compare(ours, theirs, out)
+        report = replace(compare(ours, theirs, out), merged=str(merged) if merged.names else "")
         (partial / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     except ConfigurationError:
         shutil.rmtree(partial, ignore_errors=True)
