@@ -133,6 +133,14 @@ class Engine:
         dist.all_reduce(packed)
         return packed.tolist()
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has, by rank. Called on all ranks."""
+        if self.ranks == 1:
+            return [value]
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, value)
+        return found
+
     def save(self, folder: str, tag: str) -> None:
         self.inner.save_checkpoint(folder, tag=tag, save_latest=False)
 

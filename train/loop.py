@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,8 +59,15 @@ def run_steps(
 def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: tuple[str, ...]) -> dict[str, Any]:
     """One optimizer update. The loss is summed over the step's supervised tokens and divided by their number over all ranks and micro-batches. Returns what is written down."""
     micro_batches = step.micro_batches
-    counts = engine.sum([float(sum(micro.supervised for micro in micro_batches)), *(float(sum(micro.units[unit] for micro in micro_batches)) for unit in UNITS)])
-    supervised, units = counts[0], dict(zip(UNITS, counts[1:], strict=True))
+    plan = float(step.plan)
+    counts = engine.sum([plan, plan**2, float(sum(micro.supervised for micro in micro_batches)), *(float(sum(micro.units[unit] for micro in micro_batches)) for unit in UNITS)])
+    if engine.ranks * counts[1] != counts[0] ** 2:  # equality holds for equal numbers only
+        raise DataError(
+            f"the ranks do not see the same samples at step {step.number + 1}, so they would pack different rows",
+            expected="data files that every rank can read, with the same content",
+            cure="look for files that are missing or cut on one machine; addresses may answer once and not the next time: fetch such pictures first",
+        )
+    supervised, units = counts[2], dict(zip(UNITS, counts[3:], strict=True))
     if not supervised:
         raise DataError(f"step {step.number + 1} has no supervised token on any rank", cure="check the data with `vlm check`, and max_length")
     share = factor(stage.schedule, step.number, count)
@@ -87,7 +95,7 @@ def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: 
 def _record(
     engine: Engine, step: Step, sums: dict[str, list[float]], modality: dict[str, float], auxiliary: dict[str, float], units: dict[Unit, float], supervised: float, share: float
 ) -> dict[str, Any]:
-    flat = engine.sum([*(value for triple in sums.values() for value in triple), *modality.values(), *auxiliary.values(), float(len(step.skipped))])
+    flat = engine.sum([*(value for triple in sums.values() for value in triple), *modality.values(), *auxiliary.values(), float(len(step.skipped)), float(len(step.notes))])
     triples = [flat[index : index + 3] for index in range(0, 3 * len(sums), 3)]
     rest = flat[3 * len(sums) :]
     samples = sum(rows for _, _, rows in triples)
@@ -107,11 +115,11 @@ def _record(
         "gradient_norm": engine.gradient_norm(),
     }
     if auxiliary:
-        record["auxiliary"] = dict(zip(auxiliary, rest[2:-1], strict=True))
+        record["auxiliary"] = dict(zip(auxiliary, rest[2:-2], strict=True))
+    if rest[-2]:
+        record["skipped"] = int(rest[-2])
     if rest[-1]:
-        record["skipped"] = int(rest[-1])
-    if step.notes:
-        record["notes"] = step.notes
+        record["notes"] = dict(sum((Counter(notes) for notes in engine.gather(dict(step.notes))), Counter()))
     return record
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,12 +49,13 @@ class MicroBatch:
 
 @dataclass
 class Step:
-    """This rank's part of a step. skipped: bad samples that others replace, with the reason. notes: how often what happened to samples."""
+    """This rank's part of a step. skipped: bad samples that others replace, with the reason. notes: how often what happened to samples. plan: a hash of 16 bits of what all ranks must agree on."""
 
     number: int
     micro_batches: list[MicroBatch]
     skipped: list[dict[str, Any]] = field(default_factory=list)
     notes: Mapping[str, int] = field(default_factory=dict)
+    plan: int = 0
 
 
 class _Taken(NamedTuple):
@@ -117,9 +119,10 @@ class StepData(Dataset[Step]):
         """
         assert self.pack is not None
         sketches = [self._take(source, index, step, pixels=False) for source, index in drawn]
-        plan = pack_rows([len(sketch.row) for sketch in sketches], [sketch.row.vision for sketch in sketches], self.pack, self.ranks)[self.rank]
+        planned = pack_rows([len(sketch.row) for sketch in sketches], [sketch.row.vision for sketch in sketches], self.pack, self.ranks)
+        step.plan = zlib.crc32(repr((planned, [sketch.place for sketch in sketches])).encode()) & 0xFFFF
         rows: list[list[Row]] = []
-        for documents in plan:
+        for documents in planned[self.rank]:
             row: list[Row] = []
             for document in documents:
                 whole = self._look(*drawn[document], sketches[document], step)
@@ -128,7 +131,7 @@ class StepData(Dataset[Step]):
                 else:
                     rows.append([whole])
             rows.append(row)
-        return _parts(rows, max(1, math.ceil(len(plan) / self.micro_batch)))
+        return _parts(rows, max(1, math.ceil(len(planned[self.rank]) / self.micro_batch)))
 
     def _take(self, source: str, index: int, step: Step, *, pixels: bool = True, place: int = 0) -> _Taken:
         """A sample's row, or that of the first good one of those that are drawn to replace it. place: how many of them are known to be bad."""

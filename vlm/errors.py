@@ -1,5 +1,7 @@
 """One tree of errors. Each says what is wrong, what was got, what was expected and what to do."""
 
+from typing import Any
+
 __all__ = ["CheckpointError", "ConfigurationError", "DataError", "EnvironmentProblem", "NumericsError", "VLMError"]
 
 
@@ -17,7 +19,7 @@ class VLMError(Exception):
         sides = "; ".join(f"{side} {value}" for side, value in (("got", got), ("expected", expected)) if value is not None)
         super().__init__(". ".join(part for part in (what, sides, cure) if part))
 
-    def __reduce__(self):  # keyword arguments survive the way out of a data worker
+    def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments survive the way out of a data worker
         return _rebuild, (type(self), self.what, self.got, self.expected, self.cure)
 
 
@@ -36,7 +38,7 @@ class DataError(VLMError):
         super().__init__(what, got=got, expected=expected, cure=cure)
         self.kind = kind
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.what, self.got, self.expected, self.cure, {"kind": self.kind})
 
 

@@ -170,6 +170,8 @@ class VLM(PreTrainedModel, GenerationMixin):
         rows, length = embeddings.shape[:2]
         device = embeddings.device
         attention = str(self.llm.config._attn_implementation)
+        if document_ids is not None and not plain:
+            decoders.check_attention(self.llm.config, attention)
         if branch_ids is not None and decoders.is_varlen(attention):
             raise ConfigurationError("independent questions need a mask that flash attention cannot express", got=f"llm.attention {attention}", cure="set llm.attention: sdpa")
         index = torch.arange(past, past + length, device=device).expand(rows, -1)

@@ -70,6 +70,8 @@ def test_one_rank_equals_two(root: Path, one: Path, tmp_path: Path, zero: int) -
     assert losses(two / "whole") == losses(two / "cut")
     assert losses(two / "curve") == pytest.approx(losses(one / "curve"), abs=1e-4)
     assert losses(two / "packed") == pytest.approx(losses(one / "curve"), abs=1e-4), "packed = unpacked, in steps of differently many micro-batches"
+    for one_record, two_record in zip(records(one / "packed"), records(two / "packed"), strict=True):
+        assert one_record.get("notes") == two_record.get("notes"), "notes are counted over all ranks"
     modalities = [record["modality"] for record in records(two / "curve") if record["stage"] == "instruct"]
     assert all(found == entry["modality"] for found, entry in zip(modalities, (r for r in records(one / "curve") if r["stage"] == "instruct"), strict=True))
     if zero in (0, 3):

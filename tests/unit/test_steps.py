@@ -323,6 +323,21 @@ def test_packed_ranks_hold_the_step_in_equally_many_micro_batches(processor: VLM
         assert total == sum(len(processor.row(parts[0].readers[source][index])) for source, index in drawn)
 
 
+def test_ranks_that_do_not_see_the_same_samples_stop(processor: VLMProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that one rank alone cannot read would give it another plan: rows trained twice or never, or one call of the model more than the others make."""
+    parts = [data(processor, rank, 2, 12, 2, skip=("one",), pack=300) for rank in range(2)]
+    assert parts[0][0].plan == parts[1][0].plan != 0
+    parts[1].readers["one"] = Talks("one", 19, bad=2)
+    plans = [part[0].plan for part in parts]
+    assert plans[0] != plans[1]
+    engine = engine_of(HeadOnly(torch.eye(3)))
+    monkeypatch.setattr(engine, "ranks", 2)
+    monkeypatch.setattr(engine, "sum", lambda values: [values[0] + plans[1], values[1] + plans[1] ** 2, *values[2:]])
+    step = Step(0, [classified(torch.randn(2, 3), torch.tensor([0, 1]))], plan=plans[0])
+    with pytest.raises(DataError, match="the ranks do not see the same samples at step 1"):
+        one_step(engine, step, STAGE, 1, ("fixed",))
+
+
 def test_a_packed_row_is_its_documents(processor: VLMProcessor) -> None:
     rows = [processor.row(Talks("one", 19)[index]) for index in range(3)]
     rows[1].labels[0] = rows[1].ids[0]  # a prompt that supervises its first token: nothing predicts it
