@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,11 @@ from rich.progress import track
 from rich.table import Table
 
 from vlm.composition import compose
-from vlm.data.llava import LlavaSource
 from vlm.data.sample import Sample
+from vlm.data.sources import sources_at
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.eval.blind import TrainingAnswers, grey
+from vlm.eval.report import MAX_NEW_TOKENS, report_file, scored
 from vlm.eval.score import MATCHER, Question, matches, questions, shares
 from vlm.generate import SORTED_TOGETHER, Answer, answer_all, stop_ids
 from vlm.loading import load
@@ -40,14 +40,16 @@ def evaluate(
     stage: str | None = None,
     limit: int | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    run: RunSpec | None = None,
     file: str | Path | None = None,
     images: str | Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score a run, print a table per source and write `eval/NAME.json` (`eval/NAME.STAGE.json` for a stage) into its folder.
+    """Score a run, print a table per source and write `eval/NAME.json` (`eval/NAME.STAGE.json` for a stage, `eval/files/...` for `file`) into its folder.
 
     Args:
-        sources: names of the run's `eval`, all by default. file, images: a LLaVA file and its folder of pictures instead; its name is the file's.
+        sources: names of the run's `eval`, all by default. run: what is scored stands in its `eval`; default: the run's own `config.yaml`.
+        file, images: instead of these a file, or a folder or glob of one split, of any format that `vlm.data.sources.sources_at` tells, and the folder of its pictures; its name is the split's.
         stage: its weights instead of the export. limit: at most so many samples per source, spread evenly over it.
 
     A folder that `vlm import` wrote is scored on `file`, with nothing to know of its training.
@@ -58,9 +60,9 @@ def evaluate(
     Raises ConfigurationError for an unknown name, CheckpointError for a folder without a run, DataError.
     """
     folder = Path(run_folder)
-    spec = compose(RunSpec, folder / "config.yaml", allow_import=False) if (folder / "config.yaml").is_file() else None
+    spec = run or (compose(RunSpec, folder / "config.yaml", allow_import=False) if (folder / "config.yaml").is_file() else None)
     if file is not None and (spec is not None or (folder / "config.json").is_file()):
-        chosen: dict[str, Any] = {Path(file).stem: LlavaSource(file=str(file), images=None if images is None else str(images))}
+        chosen = _one_split(file, images)
     elif spec is not None:
         chosen = _chosen(spec, sources)
     else:
@@ -69,14 +71,18 @@ def evaluate(
         )
     if stage is not None and (spec is None or stage not in spec.stages):
         raise ConfigurationError(f"{folder} has no stage {stage!r}", expected=f"one of {', '.join(spec.stages)}" if spec else "a run")
-    asked = {name: [question for sample in _spread(source.open(), limit) for question in questions(sample)] for name, source in chosen.items()}
+    reports = {name: report_file(folder, name, stage, own=file is None) for name in chosen}
+    readers = {name: source.open() for name, source in chosen.items()}
+    asked = {name: [question for sample in _spread(reader, limit) for question in questions(sample)] for name, reader in readers.items()}
+    subjects = {name: scored(source, readers[name], stage=stage, limit=limit, max_new_tokens=max_new_tokens) for name, source in chosen.items()}
     model, processor = load(folder / "stages" / stage if stage else folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     learned = _training_answers(spec, {question.kind for found in asked.values() for question in found}) if spec else TrainingAnswers()
     results: dict[str, dict[str, Any]] = {}
     for name, found in asked.items():
-        results[name] = {"run": spec.name if spec else folder.name, "stage": stage, "limit": limit, **_scored(model, processor, name, found, learned, batch_size, max_new_tokens)}
-        _write(folder / "eval" / (f"{name}.{stage}.json" if stage else f"{name}.json"), results[name])
+        about = {"run": spec.name if spec else folder.name, "stage": stage, "limit": limit}
+        results[name] = {**about, **_result(model, processor, name, found, learned, batch_size, subjects[name])}
+        _write(reports[name], results[name])
         Console().print(table(name, results[name]))
     return results
 
@@ -92,6 +98,15 @@ def _chosen(spec: RunSpec, names: Sequence[str] | None) -> dict[str, Any]:
         if name not in spec.eval:
             raise ConfigurationError(f"run {spec.name} has no evaluation {name!r}", expected=f"one of {', '.join(spec.eval)}")
     return {name: spec.data[source] for name, source in spec.eval.items() if not names or name in names}
+
+
+def _one_split(file: str | Path, images: str | Path | None) -> dict[str, Any]:
+    """Name -> data source of the one split that lies there."""
+    found = sources_at(file, images=images)
+    if len(found) != 1:
+        several = ", ".join(f"{split} ({source.file})" for split, source in found.items())
+        raise ConfigurationError(f"{file} holds {len(found)} splits, and one is scored", got=several or "none", cure="name the file or folder of one")
+    return found
 
 
 def _spread(samples: Any, limit: int | None) -> Iterator[Sample]:
@@ -118,13 +133,14 @@ def _training_answers(spec: RunSpec, kinds: set[str]) -> TrainingAnswers:
 # ---- scores --------------------------------------------------------------------------------------------------------------
 
 
-def _scored(model: "VLM", processor: "VLMProcessor", name: str, asked: Sequence[Question], learned: TrainingAnswers, batch_size: int, max_new_tokens: int) -> dict[str, Any]:
+def _result(model: "VLM", processor: "VLMProcessor", name: str, asked: Sequence[Question], learned: TrainingAnswers, batch_size: int, subject: Mapping[str, Any]) -> dict[str, Any]:
+    max_new_tokens = subject["max_new_tokens"]
     said = _answers(model, processor, [question.sample for question in asked], batch_size, max_new_tokens, name)
     pictured = [number for number, question in enumerate(asked) if question.sample.pictures]
     unseen = dict(zip(pictured, _answers(model, processor, [grey(asked[number].sample) for number in pictured], batch_size, max_new_tokens, f"{name}, grey"), strict=True))
     rows = [_entry(question, answer, unseen.get(number, answer), learned.guess(question)) for number, (question, answer) in enumerate(zip(asked, said, strict=True))]
     kinds = _kinds(rows, {asked[number].kind for number in pictured}, learned)
-    return {"kinds": kinds, "mean": _mean(kinds), "protocol": protocol(model, processor, max_new_tokens), "answers": rows}
+    return {"kinds": kinds, "mean": _mean(kinds), "protocol": protocol(model, processor, subject, len(asked)), "answers": rows}
 
 
 def _answers(model: "VLM", processor: "VLMProcessor", samples: Sequence[Sample], batch_size: int, max_new_tokens: int, what: str) -> list[Answer]:
@@ -171,16 +187,16 @@ def _mean(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return mean
 
 
-def protocol(model: "VLM", processor: "VLMProcessor", max_new_tokens: int) -> dict[str, Any]:
-    """Everything that figures of two runs must share to be compared, and its hash."""
+def protocol(model: "VLM", processor: "VLMProcessor", subject: Mapping[str, Any], asked: int) -> dict[str, Any]:
+    """Everything that figures of two runs must share to be compared, and its hash. subject: `vlm.eval.report.scored`; asked: the number of questions."""
     facts = {
+        "scored": dict(subject),
+        "questions": asked,
         "prompt": asdict(processor.prompt.spec),
         "template": processor.prompt.template.chat,
         "system": processor.prompt.template.system if processor.prompt.spec.system is None else processor.prompt.spec.system,
         "pictures": {"policy": processor.policy, "official": processor.official_pictures},
-        "decoding": {"greedy": True, "max_new_tokens": max_new_tokens, "stop_ids": stop_ids(model, processor)},
-        "matcher": MATCHER,
-        "version": version("vlm"),
+        "decoding": {"greedy": True, "stop_ids": stop_ids(model, processor)},
     }
     return {**facts, "hash": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
 

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from vlm.composition import ConfigurationProblems, compose
 from vlm.errors import ConfigurationError, EnvironmentProblem, VLMError
+from vlm.eval.report import report_file, scored
 from vlm.train.comparison import Comparison, Run, Scores
 from vlm.train.config import RunSpec
 from vlm.train.folder import absolute, open_folder, run_folder
@@ -50,15 +51,15 @@ class Trial:
         return (self.folder / "config.yaml").is_file()
 
 
-def run_ablation(config: str | Path, overrides: Sequence[str], vary: Sequence[str], *, seeds: int, evaluate: Callable[[Path], Scores], out: str | Path | None = None) -> Comparison:
+def run_ablation(config: str | Path, overrides: Sequence[str], vary: Sequence[str], *, seeds: int, evaluate: Callable[..., Scores], out: str | Path | None = None) -> Comparison:
     """Train and score every setting with every seed, in one process, and write what came out after each run.
 
-    Finished runs are not repeated, interrupted ones go on. Of one seed all settings have the same first values where shapes agree, and the same order of samples where data and batch do.
+    Finished runs are not trained again, interrupted ones go on; scores of anything but what would be scored now are made anew. Of one seed all settings have the same first values where shapes agree, and the same order of samples where data and batch do.
     A run that fails is written down, and the rest go on.
 
     Args:
         vary: KEY=VALUE,VALUE,... each; together they span a grid, of which the first setting is what the others are compared with. None: the configuration alone, with its spread over seeds.
-        seeds: how many, from the configuration's own on. evaluate: scores a finished run's folder (`vlm.evaluate`). out: the folder of all runs; default RUNS/NAME-ablation.
+        seeds: how many, from the configuration's own on. evaluate: scores a finished run's folder by the `eval` of `run=` (`vlm.evaluate`). out: the folder of all runs; default RUNS/NAME-ablation.
 
     Raises ConfigurationProblems with everything that `vlm check` finds wrong with any setting, before the first run; EnvironmentProblem under a launcher of several processes.
     """
@@ -197,10 +198,10 @@ def _order(run: RunSpec) -> list[Any]:
 # ---- one run -------------------------------------------------------------------------------------------------------------
 
 
-def _run(trial: Trial, evaluate: Callable[[Path], Scores]) -> Scores:
+def _run(trial: Trial, evaluate: Callable[..., Scores]) -> Scores:
     from vlm.train.stages import fit
 
-    return _needed(evaluate(fit(trial.run, resume=trial.begun)))
+    return _needed(evaluate(fit(trial.run, resume=trial.begun), run=trial.run))  # the folder's own config.yaml keeps the `eval` of its first day
 
 
 def _needed(scores: Scores) -> Scores:
@@ -209,12 +210,14 @@ def _needed(scores: Scores) -> Scores:
 
 
 def _scored_before(trial: Trial) -> Scores | None:
-    """The scores of a finished run; None where a source was not scored, or not as a whole."""
-    files = {name: trial.folder / "eval" / f"{name}.json" for name in trial.run.eval}
+    """The scores of a finished run; None where one is missing, or is about anything but what would be scored now. Raises DataError for a source that cannot be opened."""
+    files = {name: report_file(trial.folder, name) for name in trial.run.eval}
     if not (trial.folder / "export").is_dir() or not all(file.is_file() for file in files.values()):
         return None
     found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
-    return None if any(result["limit"] is not None for result in found.values()) else _needed(found)
+    sources = {name: trial.run.data[source] for name, source in trial.run.eval.items()}
+    same = all(found[name]["protocol"].get("scored") == scored(source, source.open()) for name, source in sources.items())
+    return _needed(found) if same else None
 
 
 def _release() -> None:

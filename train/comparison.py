@@ -59,8 +59,9 @@ class Comparison:
             found.append(f"one seed shows neither spread nor interval ({ENOUGH} or more give both)")
         elif len(self.seeds) < ENOUGH:
             found.append(f"{len(self.seeds)} seeds are too few for an interval of the differences ({ENOUGH} or more give one)")
-        if len({result["protocol"]["hash"] for scores in self.scores.values() for result in scores.values()}) > 1:
-            found.append("the settings are not asked in the same way (prompt, pictures or end marks differ), which is part of a difference")
+        asked = {(source, result["protocol"]["hash"]) for scores in self.scores.values() for source, result in scores.items()}
+        if len(asked) > len({source for source, _ in asked}):
+            found.append("the settings are not asked in the same way (questions, prompt, pictures or end marks differ), which is part of a difference")
         return found
 
     # ---- numbers -----------------------------------------------------------------------------------------------------

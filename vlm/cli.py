@@ -77,7 +77,7 @@ def check_command(
 def eval_command(
     run: Run,
     stage: Annotated[str | None, typer.Option(help="A stage's model instead of the export.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Another LLaVA-format file than the run's `eval` sources.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Other questions than the run's `eval` sources: a file of any format, or a folder or glob of one split.")] = None,
     images: Annotated[Path | None, typer.Option(help="Root of that file's pictures.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many questions per source.")] = None,
 ) -> None:

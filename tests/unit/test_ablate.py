@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from vlm.cli import app
 from vlm.composition import ConfigurationProblems
 from vlm.errors import ConfigurationError, EnvironmentProblem
+from vlm.eval.report import scored
 from vlm.train import ablate, checkpoint, loop, stages
 from vlm.train.ablate import plan, run_ablation, values
 from vlm.train.comparison import Comparison, Run, interval
+from vlm.train.config import RunSpec
 
 RATES = "stages.align.train.connector=1.0e-3,1.0e-2"
 
@@ -27,15 +29,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shares(accuracy: float, blind: float | None = 0.25, protocol: str = "p") -> dict[str, Any]:
     row = {"n": 6, "accuracy": accuracy, "blind": blind, "question_only": blind, "grey": None, "chance": 0.5}
-    return {"heldout": {"kinds": {"colour": row}, "mean": row, "protocol": {"hash": protocol}, "limit": None}}
+    return {"heldout": {"kinds": {"colour": row}, "mean": row, "protocol": {"hash": protocol}}}
 
 
-def judged(folder: Path) -> dict[str, Any]:
+def judged(folder: Path, *, run: RunSpec) -> dict[str, Any]:
     """Stands for `vlm.evaluate`: the higher rate is better by 0.2, and seeds differ by 0.1; written as an evaluation is."""
-    result = shares(0.3 + 0.2 * ("1.0e-2" in folder.name) + 0.1 * int(folder.name[-1]))
+    content = shares(0.3 + 0.2 * ("1.0e-2" in folder.name) + 0.1 * int(folder.name[-1]))["heldout"]
     (folder / "eval").mkdir(exist_ok=True)
-    for name, content in result.items():
-        (folder / "eval" / f"{name}.json").write_text(json.dumps(content))
+    result: dict[str, Any] = {}
+    for name, source in run.eval.items():
+        result[name] = {**content, "protocol": {**content["protocol"], "scored": scored(run.data[source], run.data[source].open())}}
+        (folder / "eval" / f"{name}.json").write_text(json.dumps(result[name]))
     return result
 
 
@@ -178,13 +182,38 @@ def test_what_stops_goes_on_and_what_fails_is_told(root: Path, tmp_path: Path, s
     assert len(seen) == 8 + 6 + 2 + 2 + 8 + 6 and not found.failed
     assert found.sources()["heldout"]["colour"][1]["difference"]["mean"] == pytest.approx(0.2)
 
-    partial = tmp_path / "llava_tiny-ablation" / "llava_tiny-stages.align.train.connector=1.0e-3-seed0" / "eval" / "heldout.json"
-    partial.write_text(json.dumps(json.loads(partial.read_text()) | {"limit": 3}))  # somebody looked at three questions by `vlm eval --limit`
-    begin(lambda *_: None)
-    assert json.loads(partial.read_text())["limit"] is None and len(seen) == 32
-
     with pytest.raises(ConfigurationProblems, match=r"another model or other stages"):
         run_ablation("llava_tiny", [f"data_root={root}", f"runs={tmp_path}", "stages.align.batch=8"], [RATES], seeds=2, evaluate=judged)
+
+
+def test_scores_of_anything_else_are_made_anew(tmp_path: Path, seen: list[tuple[str, ...]]) -> None:
+    """Finished runs are scored again, and not trained again, by the evaluation that is asked for now."""
+    root = tiny.data_root(tmp_path / "data")
+    told: list[str] = []
+
+    def evaluate(folder: Path, *, run: RunSpec) -> dict[str, Any]:
+        told.append(run.eval["heldout"])
+        return judged(folder, run=run)
+
+    def begin(source: str) -> list[str]:
+        told.clear()
+        run_ablation("llava_tiny", [f"data_root={root}", f"runs={tmp_path}", f"eval.heldout={source}"], [], seeds=1, evaluate=evaluate)
+        return list(told)
+
+    assert begin("heldout") == ["heldout"] and begin("heldout") == []
+    assert begin("captions") == ["captions"] and begin("captions") == []
+    assert begin("heldout") == ["heldout"]
+    rows = json.loads((root / "heldout.json").read_text())
+    (root / "heldout.json").write_text(json.dumps(rows[1:]))
+    assert begin("heldout") == ["heldout"] and begin("heldout") == []
+
+    report = tmp_path / "llava_tiny-ablation" / "llava_tiny-seed0" / "eval" / "heldout.json"
+    for key, value in (("limit", 3), ("max_new_tokens", 8), ("version", "0")):  # as `vlm eval --limit 3`, another length and an older vlm leave it
+        result = json.loads(report.read_text())
+        result["protocol"]["scored"][key] = value
+        report.write_text(json.dumps(result))
+        assert begin("heldout") == ["heldout"]
+    assert len(seen) == 8
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------------
@@ -224,3 +253,5 @@ def test_what_makes_settings_hard_to_compare_is_said(root: Path, tmp_path: Path)
     assert ablate._remarks(plan("llava_tiny", [f"data_root={root}"], [RATES, "stages.instruct.steps=4,6"], 1)[1]) == []
     found = Comparison("mine", tmp_path, [Run("a", "a", 0), Run("b", "b", 0)], scores={"a": shares(0.1), "b": shares(0.1, protocol="q")})
     assert [note.split()[0] for note in found.notes] == ["one", "the"] and "asked in the same way" in found.notes[1]
+    found.scores = {name: {**shares(0.1), "other": shares(0.1, protocol="q")["heldout"]} for name in "ab"}  # sources have protocols of their own
+    assert [note.split()[0] for note in found.notes] == ["one"]

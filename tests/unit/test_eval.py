@@ -1,8 +1,9 @@
 """Evaluation: which questions are asked, what is right, the blind baselines, and the files of a run."""
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from vlm.composition import compose, resolved
+from vlm.data.convert import convert_data
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.eval import run as runs
@@ -202,9 +204,26 @@ def test_the_protocol_tells_what_must_be_equal(run: Path) -> None:
     first = evaluate(run, sources=["heldout"], limit=1, max_new_tokens=2)["heldout"]["protocol"]
     other = evaluate(run, sources=["heldout"], limit=1, max_new_tokens=3)["heldout"]["protocol"]
     assert first["hash"] != other["hash"]
-    assert {key for key in first if first[key] != other[key]} == {"decoding", "hash"}
+    assert {key for key in first if first[key] != other[key]} == {"scored", "hash"}
     assert first["prompt"]["use"] == "chatml"
     assert first["pictures"]["policy"] == "pad"
+
+
+def test_the_protocol_says_what_was_scored(root: Path, tmp_path: Path) -> None:
+    """Other bytes under the same name, fewer of them, or another stage are another protocol."""
+    data = tmp_path / "held.json"
+    folder = finished(tmp_path / "run", tiny_run(root, f"data.heldout.file={data}"))
+
+    def scored(truth: str, **settings: Any) -> dict[str, Any]:
+        llava(data, ("img/0.png", "Colour?", truth, "colour"), ("img/1.png", "Colour?", "red", "colour"))
+        return evaluate(folder, max_new_tokens=1, **settings)["heldout"]["protocol"]
+
+    first = scored("red")
+    assert first["scored"]["source"] == {"reader": "llava", **asdict(tiny_run(root).data["heldout"]), "file": str(data)}
+    assert first["scored"]["sha256"] == hashlib.sha256(data.read_bytes().replace(b"blue", b"red")).hexdigest() and first["questions"] == 2
+    others = [scored("blue"), scored("red", limit=1), scored("red", stage="align")]
+    assert [{key for key in first["scored"] if first["scored"][key] != other["scored"][key]} for other in others] == [{"sha256"}, {"limit"}, {"stage"}]
+    assert len({protocol["hash"] for protocol in (first, *others)}) == 4 and scored("red") == first
 
 
 def test_a_limit_spreads_over_the_source(run: Path) -> None:
@@ -214,12 +233,29 @@ def test_a_limit_spreads_over_the_source(run: Path) -> None:
 
 
 def test_a_stage_and_another_file_have_files_of_their_own(run: Path, root: Path) -> None:
-    before = (run / "eval" / "heldout.json").read_bytes() if (run / "eval" / "heldout.json").exists() else None
+    evaluate(run, sources=["heldout"], max_new_tokens=1)
+    before = (run / "eval" / "heldout.json").read_bytes()
     assert list(evaluate(run, stage="align", file=root / "instruct.json", images=root, limit=4, max_new_tokens=1)) == ["instruct"]
-    result = json.loads((run / "eval" / "instruct.align.json").read_text())
+    result = json.loads((run / "eval" / "files" / "instruct.align.json").read_text())
     assert (result["stage"], result["kinds"]["all"]["n"]) == ("align", 6)
     assert result["protocol"]["prompt"]["use"] == "vicuna_v1"
-    assert before is None or (run / "eval" / "heldout.json").read_bytes() == before
+    evaluate(run, file=root / "heldout.json", images=root, limit=1, max_new_tokens=1)  # called as the run's own source is
+    assert (run / "eval" / "files" / "heldout.json").is_file() and (run / "eval" / "heldout.json").read_bytes() == before
+
+
+def test_any_format_is_scored_and_of_several_splits_none(run: Path, root: Path, tmp_path: Path) -> None:
+    for form in ("messages", "parquet", "tar"):
+        convert_data(root / "heldout.json", tmp_path / form, to=form)
+        assert evaluate(run, file=tmp_path / form, limit=2, max_new_tokens=1)["heldout"]["mean"]["n"] == 2
+    with pytest.raises(ConfigurationError, match=r"holds 3 splits, and one is scored\. got align \(.*align.json\), heldout \(.*heldout.json\), instruct"):
+        evaluate(run, file=root)
+
+
+def test_another_configurations_sources_are_scored(run: Path, root: Path) -> None:
+    asked = tiny_run(root, "eval={pictures: captions}")
+    assert evaluate(run, run=asked, limit=1, max_new_tokens=1)["pictures"]["mean"]["n"] == 1
+    with pytest.raises(ConfigurationError, match="without slashes"):
+        evaluate(run, run=replace(asked, eval={"files/pictures": "captions"}))
 
 
 def test_what_cannot_be_evaluated_is_said(run: Path, root: Path, tmp_path: Path) -> None:
