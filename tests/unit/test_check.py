@@ -597,3 +597,13 @@ def test_numbers_that_are_not_those_beside_the_weights_are_a_warning(root: Path,
     assert [line for line in report.warnings if "hidden_act 'quick_gelu' (beside the weights 'gelu')" in line and str(folder) in line]
     (folder / "config.json").write_text(json.dumps({"vision_config": numbers}))
     assert not check(compose(root, f"model.encoder.path={folder}", "model.encoder.weights=path")).warnings
+
+
+def test_packed_rows_are_told_and_hold_every_sample(root: Path) -> None:
+    report = check(compose(root, "every_stage.pack=600", "stages.align.micro_batch=auto"))
+    assert report.ok
+    assert report.stages[0].batch == "4 samples per step = 1 rank, packed into rows of at most 600 tokens, as many rows as fit into memory per micro-batch"
+    assert report.stages[1].batch == "4 samples per step = 1 rank, packed into rows of at most 600 tokens, at most 2 rows per micro-batch"
+    assert check(compose(root, "every_stage.micro_batch=auto")).stages[0].batch == "4 samples per step = 1 rank x as many rows as fit into memory"
+    problem = str(only(check(compose(root, "stages.instruct.pack=100"))))
+    assert "stages.instruct.pack" in problem and "got max_length 512; expected at most pack 100" in problem and "stages.instruct.max_length=100" in problem
