@@ -22,6 +22,7 @@ from vlm.errors import CheckpointError, ConfigurationError, DataError, VLMError
 from vlm.images import apply_policy
 from vlm.llm.base import check_claims, check_order
 from vlm.llm.context import VISION
+from vlm.llm.decoder import is_varlen
 from vlm.loading import model_folder, text_config
 from vlm.processor import IGNORE, Row, load_tokenizer, placeholder_id
 from vlm.prompt import TEMPLATES, Prompt
@@ -230,6 +231,8 @@ class _Check:
             self.text = text_config(self.run.model)
         if self.text is None:
             return
+        if is_varlen(llm.attention) and self.run.precision == "fp32":
+            self._wrong("model.llm.attention", "flash attention computes in bf16 only", got="precision: fp32", expected="bf16, or auto on a GPU", cure="set llm.attention: auto")
         claims: dict[str, Sequence[str]] = {}
         for name, spec in self.run.model.adapt.items():
             with self._at(f"model.adapt.{name}"):
@@ -285,12 +288,16 @@ class _Check:
                 prompt = Prompt(stage.prompt, self.tokenizer)
         if not self.chained or self.text is None or f"stages.{name}.images" in self.wrong:
             return
-        report.picture_tokens, fixed = picture_tokens(self.run.model, self.text.hidden_size, stage.images.use)
+        fixed = False
+        with self._at(f"stages.{name}.images"):
+            report.picture_tokens, fixed = picture_tokens(self.run.model, self.text.hidden_size, stage.images.use, stage.images.tiling)
+        if f"stages.{name}.images" in self.wrong:
+            return
         if fixed and report.picture_tokens >= stage.max_length > 0:
             cure = f"raise stages.{name}.max_length, or use an encoder with fewer tokens"
             self._wrong(f"stages.{name}.max_length", "too short for one picture", got=stage.max_length, expected=f"more than its {report.picture_tokens:,} tokens", cure=cure)
         elif prompt is not None:
-            self.rows[name] = cost.RowLengths(self.run.model, self.text.hidden_size, self.tokenizer, stage.prompt, stage.images.use, stage.images.official)
+            self.rows[name] = cost.RowLengths(self.run.model, self.text.hidden_size, self.tokenizer, stage.prompt, stage.images.use, stage.images.official, stage.images.tiling)
 
     def _structure(self, index: int, stage: StageSpec) -> None:
         name = list(self.run.stages)[index]

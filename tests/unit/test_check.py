@@ -607,3 +607,10 @@ def test_packed_rows_are_told_and_hold_every_sample(root: Path) -> None:
     assert check(compose(root, "every_stage.micro_batch=auto")).stages[0].batch == "4 samples per step = 1 rank x as many rows as fit into memory"
     problem = str(only(check(compose(root, "stages.instruct.pack=100"))))
     assert "stages.instruct.pack" in problem and "got max_length 512; expected at most pack 100" in problem and "stages.instruct.max_length=100" in problem
+
+
+def test_flash_attention_wants_bf16_and_a_family_that_is_proven(root: Path) -> None:
+    problem = only(check(compose(root, "model.llm.attention=flash_attention_2", "precision=fp32")))
+    assert "model.llm.attention" in str(problem) and "bf16" in str(problem)
+    family = "model.llm.config={model_type: stablelm, vocab_size: 512, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2}"
+    assert "documents of a row might see one another" in str(only(check(compose(root, "model.llm.attention=flash_attention_2", family))))
