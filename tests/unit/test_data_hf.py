@@ -188,6 +188,18 @@ def test_columns_are_named_and_nothing_else_is_read(tmp_path: Path):
         opened(tmp_path, {"prompt": "q"})
 
 
+def test_columns_that_nothing_can_be_learnt_from_are_refused_unless_left_out(tmp_path: Path):
+    rows = {"video": [str(tmp_path / "a.mp4"), None], "question": ["<video>?", "q"], "answer": ["a", "b"]}
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    features = datasets.Features({"video": datasets.Video(), "question": datasets.Value("string"), "answer": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    reader = HfSource(file=str(tmp_path / "train.parquet"), on_bad="skip").open()
+    assert questions(reader) == ["q"]
+    assert "row 0: `video` is not taken" in str(reader.bad[0])
+    named = HfSource(file=str(tmp_path / "train.parquet"), columns={"question": "question", "answer": "answer"})
+    assert questions(named.open()) == ["<video>?", "q"]
+
+
 # Files
 
 

@@ -109,6 +109,19 @@ def test_damaged_array_is_named_with_its_place(tmp_path: Path, damage: Any):
         LlavaSource(file=str(file)).open()
 
 
+@pytest.mark.parametrize(("value", "fact"), [("[" * 100_000 + "]" * 100_000, "nested too deeply"), ("1" * 5000, "an integer of too many digits")])
+def test_what_json_allows_and_python_does_not_is_named(tmp_path: Path, value: str, fact: str):
+    good, file = json.dumps(talk(("human", "q"), ("gpt", "a"))), tmp_path / "train.json"
+    file.write_text(f'{good}\n{{"a": {value}}}\n{good}\n')
+    with pytest.raises(DataError, match=rf"train\.json, line 2 \(sample 1\).*{fact}"):
+        LlavaSource(file=str(file)).open()
+    reader = LlavaSource(file=str(file), on_bad="skip").open()
+    assert (len(reader), len(reader.bad)) == (2, 1)
+    file.write_text(f'[{good}, {{"a": {value}}}, {good}]')
+    with pytest.raises(DataError, match=rf"train\.json, sample 1.*{fact}"):
+        list(LlavaSource(file=str(file)).open())
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b" \n\n", b"\xef\xbb\xbf"])
 def test_empty_file_is_refused(tmp_path: Path, content: bytes):
     (tmp_path / "train.json").write_bytes(content)

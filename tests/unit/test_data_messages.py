@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,9 +19,11 @@ import vlm.images
 from vlm.data import readers
 from vlm.data.llava import LlavaSource
 from vlm.data.messages import MessagesSource
-from vlm.data.record import picture_below, sample_of
+from vlm.data.pictures import picture_below
+from vlm.data.record import sample_of
 from vlm.data.sample import Picture, Sample, held
 from vlm.data.sharegpt import SharegptSource
+from vlm.data.write import write_split
 from vlm.errors import DataError
 
 
@@ -104,8 +107,17 @@ def test_marks_in_plain_content_are_pictures():
         (ask(text("q"), images=["a.png"]), ["images 1, placeholders 0", "missing_placeholder: prepend"]),
         (ask({"type": "image"}, images=[]), ["images 0, placeholders 1"]),
         (ask({"type": "image", "index": 1}, {"type": "image", "index": 0}, images=["a", "b"]), ["not in reading order", "index 1"]),
-        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, ["turn 1 calls a tool"]),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, ["turn 1: `tool_calls` is not taken"]),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "tool", "content": "x"}]}, ["turn 1", "unknown role 'tool'", "tools cannot be trained on"]),
+        (ask(text("<video> q"), video="a.mp4"), ["`video` is not taken"]),
+        (ask(text("q"), audios=[{"bytes": None, "path": "a.wav"}]), ["`audios` is not taken"]),
+        (ask(text("q"), tools=[{"name": "f"}]), ["`tools` is not taken", "tools cannot be trained on"]),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "so"}]}, ["turn 1: `reasoning_content` is not taken"]),
+        ({"texts": [{"user": "q", "assistant": "a", "videos": ["a.mp4"]}]}, ["turn 0: `videos` is not taken"]),
+        (ask(text("q"), id="\ud800"), ["`id` holds half a character"]),
+        (ask(text("q"), images=["\ud800.png"]), ["the name of a picture holds half a character"]),
+        (ask({"type": "image"}, images=["data:image/png;base64,é"]), ["is not base64"]),
+        (ask({"type": "image"}, images=[{"bytes": "a.png"}]), ["the `bytes` of a picture are str", "'a.png'"]),
         (ask(text("q"), conversations=[]), ["both `conversations` and `messages`"]),
         (ask(text("q"), system=3), ["`system` is not text"]),
         (ask({"type": "image_url", "image_url": {"url": "http://host/a.png"}}), ["turn 0", "is not a file", "remote: true"]),
@@ -114,6 +126,45 @@ def test_marks_in_plain_content_are_pictures():
 def test_a_bad_record_says_what_and_where(record: dict[str, Any], facts: list[str]):
     message = refusal(record)
     assert all(fact in message for fact in facts), message
+
+
+def test_what_is_empty_is_not_refused():
+    absent = {"video": None, "audio": {"bytes": None, "path": None}, "videos": [], "tools": "[]", "functions": ""}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "tool_calls": [], "function_call": {"name": None, "arguments": None}, "reasoning_content": ""},
+    ]
+    assert read({"messages": messages, **absent}).turns[1].text == "a"
+
+
+@pytest.mark.parametrize(("key", "off", "on"), [("weight", 0, 1), ("weight", 0.0, 1.0), ("train", False, True), ("train_on_turn", False, True)])
+def test_answers_that_are_not_to_be_learnt(tmp_path: Path, key: str, off: Any, on: Any):
+    def talk(first: Any, second: Any) -> dict[str, Any]:
+        return {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "a", key: first},
+                {"from": "human", "value": "q"},
+                {"from": "gpt", "value": "b", key: second},
+            ]
+        }
+
+    sample = read(talk(off, on))
+    assert [turn.supervised for turn in sample.turns] == [False, False, False, True]
+    assert sample.notes == ("unsupervised answer",)
+    assert [turn.supervised for turn in read(talk(on, None)).turns] == [False, True, False, True]
+    assert [turn.supervised for turn in read({"texts": [{"user": "q", "assistant": "a", key: off}, {"user": "q", "assistant": "b"}]}).turns] == [False, False, False, True]
+    assert "no answer is to be learnt" in refusal(talk(off, off))
+    for other in (0.5, 2, "0"):
+        assert f"turn 1: `{key}` is neither" in refusal(talk(other, on))
+    for to in ("messages", "tar"):
+        out = tmp_path / to
+        out.mkdir()
+        written = write_split([sample], out, "train", to)
+        (back,) = readers.get(to)(file=str(out / written.file)).open()
+        assert back.turns == sample.turns
+    with pytest.raises(DataError, match="cannot be written as llava without a change.*such as messages"):
+        write_split([sample], tmp_path, "train", "llava")
 
 
 # Other forms
@@ -141,7 +192,7 @@ def test_pictures_without_a_mark_stand_in_front():
         ({"texts": {"user": ["q"]}}, "`texts` is dict"),
         ({"question": "q", "answer": ["a", "b"]}, "turn 1 has no text"),
         ({"question": "<image> <image>", "answer": "a", "image": "a.png"}, "images 1, placeholders 2"),
-        ({"image": "a.png", "caption": "a", "text": "b"}, "both `caption` and `text`"),
+        ({"image": "a.png", "caption": "a", "text": "b"}, "both `caption` and `text`. expected one of them. take the one that is not meant out; or, with the reader hf, name"),
         ({"image": [], "caption": "a"}, "no turns"),
         ({"text": "a", "id": 3}, "no turns. got the keys text, id"),
     ],
@@ -201,6 +252,49 @@ def test_bytes_in_every_layout(tmp_path: Path):
                 resolve(value, "here")
         else:
             assert resolve(value, "here").read() == png()
+
+
+def tiff(image: Image.Image, orientation: int = 1) -> bytes:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(buffer, "TIFF", exif=exif)
+    return buffer.getvalue()
+
+
+def test_an_image_of_pillow_goes_the_way_of_its_file():
+    grey = np.array([[0, 300, 40000], [65535, 9, 20000]])
+    files = [
+        tiff(Image.fromarray(grey.astype(">u2"))),
+        tiff(Image.fromarray(grey.astype("<u2")), orientation=6),
+        b"P5 3 2 65535 " + grey.astype(">u2").tobytes(),
+        tiff(Image.new("CMYK", (3, 2), (0, 255, 0, 30))),
+        tiff(Image.new("LAB", (3, 2), (128, 140, 128))),
+    ]
+    for data in files:
+        opened, drawn = vlm.images.open_picture(data), held(Image.open(io.BytesIO(data)))
+        assert np.array_equal(np.asarray(opened), np.asarray(vlm.images.open_picture(drawn.read()))), Image.open(io.BytesIO(data))
+        assert vlm.images.upright_size(drawn.read()) == opened.size
+    clear = Image.new("RGBA", (3, 2), (9, 200, 30, 128))
+    for mode, plain in (("RGBa", clear), ("PA", clear.convert("PA").convert("RGBA")), ("La", clear.convert("LA"))):
+        other = clear.convert("LA").convert("La") if mode == "La" else clear.convert(mode)
+        assert np.allclose(*(np.asarray(vlm.images.open_picture(held(one).read())) for one in (other, plain)), atol=2), mode
+
+
+def test_an_image_of_pillow_is_refused_as_its_file_is():
+    for dtype in ("int32", "float32"):
+        image = Image.fromarray(np.ones((2, 3), dtype))
+        told = []
+        for data in (held(image).read(), tiff(image)):
+            with pytest.raises(DataError, match="nothing says which of its values is white") as caught:
+                vlm.images.open_picture(data)
+            told.append(str(caught.value))
+        assert told[0] == told[1]
+    inverted = bytearray(tiff(Image.fromarray(np.ones((2, 3), "<u2"))))
+    at = inverted.index((262).to_bytes(2, "little"))
+    inverted[at + 8] = 0
+    for image in (Image.open(io.BytesIO(bytes(inverted))), Image.open(io.BytesIO(png()[:-24])), Image.new("RGB", (0, 3))):
+        with pytest.raises(DataError, match="which of its values is white|truncated or corrupt"):
+            held(image)
 
 
 def test_too_many_bytes_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -227,7 +227,7 @@ def test_a_damaged_header_and_a_hole_of_zeros_are_named_with_their_place(tmp_pat
     assert "shards that were joined are to be listed one by one" in refusal(tmp_path / "a.tar")
 
 
-@pytest.mark.parametrize("records", [b"12 path=", b"-5 size=-5\n", b"999999999 path=a\n", b"0 a=b\n", b"x y=z\n", b"11 size=-51\n"])
+@pytest.mark.parametrize("records", [b"12 path=", b"-5 size=-5\n", b"999999999 path=a\n", b"0 a=b\n", b"x y=z\n", b"11 size=-51\n", b"5011 size=" + b"9" * 5000 + b"\n"])
 def test_hostile_extended_headers_end(tmp_path: Path, records: bytes):
     path = tar(tmp_path / "a.tar", ("pax", records), *captioned(0))
     raw = bytearray(path.read_bytes())
@@ -235,6 +235,16 @@ def test_hostile_extended_headers_end(tmp_path: Path, records: bytes):
     raw[148:156] = b"%06o\0 " % sum(raw[:512])
     path.write_bytes(raw)
     assert "a.tar is damaged at byte" in refusal(path)
+
+
+def test_zeros_behind_the_records_of_a_pax_header_end_it(tmp_path: Path):
+    raw = bytearray(tar(tmp_path / "a.tar", ("pax", b"16 path=b/c.txt\n" + bytes(9)), ("short.txt", b"words"), ("b/c.png", b"p")).read_bytes())
+    raw[156:157], raw[148:156] = tarfile.XHDTYPE, b" " * 8
+    raw[148:156] = b"%06o\0 " % sum(raw[:512])
+    (tmp_path / "a.tar").write_bytes(raw)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert archive.getnames() == ["b/c.txt", "b/c.png"]
+    assert [sample.id for sample in opened(tmp_path / "a.tar")] == ["b/c"]
 
 
 class _Texts(Dataset[str]):
@@ -286,6 +296,7 @@ def test_shards_without_any_sample_are_refused(tmp_path: Path):
     (tmp_path / "a.tar").write_bytes(b"")
     assert "a.tar holds no samples" in refusal(tmp_path / "a.tar")
     assert "dots in the base name" in refusal(tar(tmp_path / "b.tar", *NAMES[2:6]))
+    assert "got 1 left out, hidden file: .a.json in c.tar; 1 left out, no extension: b in c.tar" in refusal(tar(tmp_path / "c.tar", (".a.json", b"{}"), ("b", b"")))
 
 
 # The same content as JSON
@@ -402,6 +413,35 @@ def test_other_pictures_come_from_the_folder_that_is_named(tmp_path: Path):
         record_of(tmp_path, {"image": "http://127.0.0.1/o.png", "conversations": ASK})
 
 
+def test_without_a_folder_of_pictures_no_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    monkeypatch.chdir(tmp_path)
+    for image in ("secret.png", {"path": "secret.png"}, {"path": "secret.png", "bytes": None}, {"bytes": "secret.png"}, {"bytes": "secret.png", "path": "x"}):
+        with pytest.raises(DataError, match=r"no member is the picture|the `bytes` of a picture are str"):
+            record_of(tmp_path, {"image": image, "conversations": ASK}, "jpg")
+        (tmp_path / "a.tar.index").unlink()
+
+
+def test_a_caption_of_several_pictures_is_told(tmp_path: Path):
+    members = [("a.jpg", b"a"), ("a.seg.png", b"s"), ("a.txt", b"a dog"), *captioned(1), ("c.jpg", b"c"), ("c.2.jpg", b"d"), ("c.json", json.dumps({"texts": []}).encode())]
+    reader = opened(tar(tmp_path / "a.tar", *members, ("d.jpg", b"d"), ("d.seg.png", b"s"), ("d.json", text("json too"))))
+    assert [warning.partition(";")[0] for warning in reader.warnings] == ["1 caption is learnt of several pictures together"]
+    assert reader.warnings[0].endswith(": a in a.tar")
+    assert [reader[place].notes for place in (0, 1, 3)] == [("caption of several pictures",), (), ("caption of several pictures",)]
+
+
+@pytest.mark.parametrize("ending", ["txt", "caption"])
+@pytest.mark.parametrize("metadata", [{"url": "x", "width": 4, "question": "q"}, [1, 2]])
+def test_a_json_of_no_known_form_beside_a_text_is_metadata(tmp_path: Path, ending: str, metadata: Any):
+    path = tar(tmp_path / "a.tar", ("k.png", b"p"), ("k.json", json.dumps(metadata).encode()), (f"k.{ending}", b"a dog"), *captioned(1), ("p1.txt", b"another"))
+    reader = opened(path)
+    assert said(reader) == ["a dog", "p1"]
+    assert [sample.notes for sample in reader] == [("caption beside metadata",), ()]
+    path = tar(tmp_path / "a.tar", ("k.png", b"p"), ("k.json", b'{"video": "k.mp4"}'), (f"k.{ending}", b"a dog"))
+    with pytest.raises(DataError, match="`video` is not taken"):
+        opened(path)[0]
+
+
 @pytest.mark.parametrize("ending", ["txt", "caption"])
 def test_captions(tmp_path: Path, ending: str):
     reader = opened(tar(tmp_path / "a.tar", ("k.png", b"p"), (f"k.{ending}", "\ufeffgrößer \n".encode())))
@@ -417,6 +457,8 @@ def test_captions(tmp_path: Path, ending: str):
         ('{"text": "é"}'.encode("latin-1"), "k.json is not UTF-8 at byte 10"),
         (b"[1]", "k.json is not an object"),
         (b"[" * 100_000, "k.json is nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "k.json holds an integer of too many digits"),
+        (b'{"image": "\\ud800.png", "question": "q", "answer": "a"}', "no member is the picture '\\ud800.png'"),
         (b'{"a": 1}', "no turns"),
         (b'{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "a"}]}', "images 1, placeholders 0"),
     ],
@@ -618,6 +660,13 @@ def test_a_streamed_shard_that_changed_is_refused(tmp_path: Path):
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if not self.path.startswith("/to?"):
+            return super().do_GET()
+        self.send_response(302)
+        self.send_header("Location", self.path[4:])
+        self.end_headers()
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -648,6 +697,8 @@ def test_remote_shards(tmp_path: Path, served: str):
     assert reader.blocks == (2, 2, 1)
     assert "train-000001.tar (remote)" in reader.warnings[0]
     assert "cannot be read" in refusal(f"{served}/nothing.tar", stream=True, remote=True)
+    assert "unknown url type: ftp" in refusal(f"{served}/to?ftp://127.0.0.1:9/a.tar", stream=True, remote=True)
+    assert "cannot be read" in refusal(f"{served}/to?http://[", stream=True, remote=True)
 
 
 # The writer

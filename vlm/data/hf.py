@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 
 from vlm.data import register
-from vlm.data.record import KEYS, check_pictures, picture_below, sample_of
+from vlm.data.pictures import check_pictures, picture_below
+from vlm.data.record import KEYS, REFUSED, sample_of
 from vlm.data.sample import Sample
 from vlm.errors import ConfigurationError, DataError, EnvironmentProblem
 
@@ -187,7 +188,7 @@ def _columns(source: HfSource, there: list[str]) -> dict[str, str]:
             raise ConfigurationError(f"columns: {name!r} is not a name of ours", expected=f"one of {', '.join(KEYS)}")
         if column not in there:
             raise DataError(f"{source.file} has no column {column!r}", got=", ".join(there), cure=f"set columns.{name} to one of them")
-    names = dict(source.columns or {name: name for name in KEYS if name in there})
+    names = dict(source.columns or {name: name for name in (*KEYS, *REFUSED) if name in there})
     if not names:
         cure = "say which is which: `columns: {image: ..., question: ..., answer: ...}`"
         raise DataError(f"{source.file} has none of the columns that are read", got=", ".join(there), expected=f"some of {', '.join(KEYS)}", cure=cure)
@@ -195,11 +196,11 @@ def _columns(source: HfSource, there: list[str]) -> dict[str, str]:
 
 
 def _undecoded(features: Any) -> Any:
-    """The features with pictures left as they are stored: bytes are opened by `vlm.images` alone, and paths by us."""
+    """The features with pictures left as they are stored: bytes are opened by `vlm.images` alone, and paths by us. Sound and video too: they are refused, without a decoder."""
     import datasets
 
     def plain(feature: Any) -> Any:
-        if isinstance(feature, datasets.Image):
+        if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
             return replace(feature, decode=False)
         if isinstance(feature, dict):
             return {name: plain(inner) for name, inner in feature.items()}

@@ -4,18 +4,20 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from vlm.data.record import Form, check_pictures, picture_below, sample_of
+from vlm.data.pictures import check_pictures, picture_below
+from vlm.data.record import Form, sample_of
 from vlm.data.sample import Sample
 from vlm.errors import DataError
 
-__all__ = ["JsonReader", "JsonSource"]
+__all__ = ["JsonReader", "JsonSource", "parsed"]
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -85,8 +87,9 @@ class JsonReader:
             if _stamp(file.fileno()) != self._stamp:
                 raise DataError(f"{self.source.file} was changed after it had been opened", cure="start again; a data file must not change during a run")
             file.seek(span.start)
-            record = json.loads(file.read(span.stop - span.start).decode("utf-8"))
+            text = file.read(span.stop - span.start).decode("utf-8")
         where = f"{self.source.file}, sample {span.number}" + (f" (line {span.line})" if span.line else "")
+        record = parsed(text, where)
         return sample_of(record, number=span.number, where=where, picture=self._picture, prepend=self.source.missing_placeholder == "prepend", form=self.source.form)
 
     def _holds(self, span: "_Span", bad: list[DataError]) -> bool:
@@ -96,6 +99,25 @@ class JsonReader:
             bad.append(error)
             return False
         return True
+
+
+def parsed(text: str, what: str) -> Any:
+    """The value of a JSON text. Raises json.JSONDecodeError where it is not JSON, DataError where it is more than Python takes: nested too deeply, or an integer of thousands of digits.
+
+    what: what the text is, as messages call it.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise _too_deep(what) from None
+    except ValueError:
+        raise DataError(f"{what} holds an integer of too many digits", expected=f"at most {sys.get_int_max_str_digits():,}", cure="write it as text, or take it out") from None
+
+
+def _too_deep(what: str) -> DataError:
+    return DataError(f"{what} is nested too deeply", cure="is it a record? Take it out")
 
 
 class _Span(NamedTuple):
@@ -152,7 +174,8 @@ def _after_space(text: str, position: int) -> int:
 
 
 def _array(file: str, text: str, begin: int) -> Iterator[_Span]:
-    decoder, number = json.JSONDecoder(), 0
+    # Only where a value ends is asked here, and no float has too many digits.
+    decoder, number = json.JSONDecoder(parse_int=float), 0
     position = _after_space(text, begin + 1)
     closed = text.startswith("]", position)
     try:
@@ -171,6 +194,8 @@ def _array(file: str, text: str, begin: int) -> Iterator[_Span]:
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno} (byte {error.pos})"
         raise DataError(f"{file}, sample {number}: not JSON at {where}", got=error.msg, cure="was the file cut? Mend it, or write it again") from None
+    except RecursionError:
+        raise _too_deep(f"{file}, sample {number}") from None
 
 
 def _lines(file: str, raw: bytes, bad: list[DataError] | None) -> Iterator[_Span]:
@@ -183,14 +208,24 @@ def _lines(file: str, raw: bytes, bad: list[DataError] | None) -> Iterator[_Span
             start += len(BYTE_ORDER_MARK)
         content = raw[start:stop]
         if content.strip():
-            try:
-                json.loads(content.decode("utf-8"))
+            problem = _fault(content.decode("utf-8"), f"{file}, line {line} (sample {number})")
+            if problem is None:
                 yield _Span(start, stop, number, line)
-            except json.JSONDecodeError as error:
-                what, got = f"{file}, line {line} (sample {number}): not JSON", f"{error.msg} at column {error.colno}"
-                problem = DataError(what, got=got, expected="one whole JSON object per line", cure="mend the line, or `on_bad: skip`")
-                if bad is None:
-                    raise problem from None
+            elif bad is None:
+                raise problem
+            else:
                 bad.append(problem)
             number += 1
         start = stop + 1
+
+
+def _fault(text: str, where: str) -> DataError | None:
+    """Why a line is no value."""
+    try:
+        parsed(text, where)
+    except json.JSONDecodeError as error:
+        got = f"{error.msg} at column {error.colno}"
+        return DataError(f"{where}: not JSON", got=got, expected="one whole JSON object per line", cure="mend the line, or `on_bad: skip`")
+    except DataError as error:
+        return error
+    return None

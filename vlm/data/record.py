@@ -1,18 +1,14 @@
-"""A record of whatever file -> a Sample: the forms in which conversations about pictures are written down, and what may stand in them for a picture."""
+"""A record of whatever file -> a Sample: the forms in which conversations about pictures are written down."""
 
-import base64
-import binascii
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-from vlm.data.sample import Picture, Sample, Turn, held
+from vlm.data.sample import Picture, Sample, Turn
 from vlm.errors import DataError
 
-__all__ = ["ADDRESS", "KEYS", "MARK", "Form", "check_pictures", "picture_below", "sample_of"]
+__all__ = ["KEYS", "MARK", "REFUSED", "Form", "check_text", "form_of", "refused_key", "sample_of"]
 
 Form = Literal["conversations", "messages", "texts", "question", "caption"]
 """How a record is written, called by the key that tells it; see `sample_of`."""
@@ -20,16 +16,23 @@ Form = Literal["conversations", "messages", "texts", "question", "caption"]
 KEYS = ("id", "image", "images", "conversations", "messages", "texts", "question", "answer", "caption", "text", "system", "kind", "independent")
 """All keys that are read of a record."""
 
+TOOL_KEYS = ("tools", "functions", "tool_calls", "function_call")
+REFUSED = ("video", "videos", "audio", "audios", *TOOL_KEYS, "reasoning_content")
+"""Keys of records and turns that nothing here can learn from: what stands there would vanish without a word."""
+LEARN = ("weight", "train", "train_on_turn")
+"""Keys of an answer that say whether it is learnt: OpenAI's (0 or 1), and the two of Axolotl (true or false)."""
+
 READERS: Mapping[Form, str] = {"conversations": "llava or sharegpt", "messages": "messages", "texts": "llava", "question": "llava", "caption": "llava"}
 """Which reader of JSON files takes a form; `llava` takes all."""
 
+TURNS: tuple[Form, ...] = ("conversations", "messages", "texts")
 MARK = "<image>"
 ROLES = {
     "system": "system", "developer": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant",
 }  # fmt: skip
 TOOLS = ("tool", "function", "function_call", "observation", "ipython")
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
-DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+NO_TOOLS = "conversations with tools cannot be trained on: take the record out"
+ONE_OF_TWO = "take the one that is not meant out; or, with the reader hf, name the columns that are meant in `columns`"
 
 
 # ---- records -------------------------------------------------------------------------------------------------------------
@@ -52,6 +55,7 @@ def sample_of(
     The pictures are under `image` or `images`. Every `<image>` in a user's text, and every part {"type": "image"} without a source of its own, takes the next of them; in the forms that have no turns
     of their own, pictures without an `<image>` stand in front of the first question, each on a line. In a list of parts a text is a text, whatever is written in it.
     `system` is a system turn in front, `kind` what is asked (of the record, or of a turn), `independent` as in `Sample`. Keys with None count as not there.
+    An answer with `weight: 0` (OpenAI's fine-tuning format), `train: false` or `train_on_turn: false` (Axolotl's) is read and not learnt. Keys in REFUSED must be empty.
 
     Args:
         number: of the record in its file; its id where it has none. where: file and record, as messages call them. picture: (what stands for a picture, where) -> Picture; raises DataError.
@@ -61,6 +65,7 @@ def sample_of(
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: not an object", got=type(record).__name__, expected="an object with `conversations` or `messages`")
+    _check_refused(record, where)
     found = _form(record, where)
     if form is not None and found != form:
         raise DataError(f"{where}: the record is of another form", got=f"`{found}`", expected=f"`{form}`", cure=f"use the reader {READERS[found]}")
@@ -68,6 +73,8 @@ def sample_of(
     if all(message.role != "assistant" for message in messages):
         roles = ", ".join(message.role for message in messages)
         raise DataError(f"{where}: no assistant turn", got=f"roles {roles}", expected="at least one answer to learn", cure="add the answer, or take the record out")
+    if not any(message.learnt for message in messages):
+        raise DataError(f"{where}: no answer is to be learnt", got="`weight` or `train` off in all of them", expected="at least one answer to learn", cure="take the record out")
     pictures = [picture(name, where) for name in _picture_names(record, where)]
     turnless = found not in ("conversations", "messages")
     messages, notes = _match_marks(messages, len(pictures), where, prepend or turnless)
@@ -79,25 +86,54 @@ def sample_of(
     notes = () if turnless else notes
     if messages[-1].role != "assistant":
         notes += ("unsupervised trailing turn",)
+    if any(message.role == "assistant" and not message.learnt for message in messages):
+        notes += ("unsupervised answer",)
     left = enumerate(pictures)
     turns = tuple(
-        Turn(message.role, _filled(message, left, where), supervised=message.role == "assistant", kind=kind)
+        Turn(message.role, _filled(message, left, where), supervised=message.learnt, kind=kind)
         for message, kind in zip(messages, _kinds(messages, _kind(record, where)), strict=True)
     )
-    return Sample(str(number if record.get("id") is None else record["id"]), turns, where=where, independent=bool(independent), notes=notes)
+    name = str(number if record.get("id") is None else record["id"])
+    check_text(name, f"{where}: `id`")
+    return Sample(name, turns, where=where, independent=bool(independent), notes=notes)
+
+
+def form_of(record: Mapping[str, Any]) -> Form | None:
+    """The form that a record's keys tell, the first one where they tell several; None: it says nothing that could be learnt."""
+    for form in TURNS:
+        if record.get(form) is not None:
+            return form
+    if record.get("question") is not None and record.get("answer") is not None:
+        return "question"
+    return None if record.get("caption") is None and record.get("text") is None else "caption"
+
+
+def refused_key(record: Mapping[str, Any]) -> str | None:
+    """The first of REFUSED under which something is said. Parquet writes what is absent as an object of nothing but nulls, other programs as an empty list in a text."""
+    for key in REFUSED:
+        value = record.get(key)
+        values = value.values() if isinstance(value, Mapping) else [value]
+        if any(one not in (None, "", "[]", [], {}) for one in values):
+            return key
+    return None
+
+
+def _check_refused(record: Mapping[str, Any], where: str) -> None:
+    key = refused_key(record)
+    if key is None:
+        return
+    if key in TOOL_KEYS:
+        raise DataError(f"{where}: `{key}` is not taken", kind="role", expected="turns of system, user and assistant", cure=NO_TOOLS)
+    cure = "write it into the answer, or take it out" if key == "reasoning_content" else "take the record out; or, with the reader hf, name the columns that are meant in `columns`"
+    raise DataError(f"{where}: `{key}` is not taken", expected="texts and pictures", cure=cure)
 
 
 def _form(record: Mapping[str, Any], where: str) -> Form:
-    forms: tuple[Form, ...] = ("conversations", "messages", "texts")
-    found: list[Form] = [form for form in forms if record.get(form) is not None]
-    for one, other in pairwise(found):
-        raise DataError(f"{where}: both `{one}` and `{other}`", expected="one of them", cure="take the one that is not meant out")
-    if found:
-        return found[0]
-    if record.get("question") is not None and record.get("answer") is not None:
-        return "question"
-    if _picture_names(record, where) and _either(record, "caption", "text", where) is not None:
-        return "caption"
+    for one, other in pairwise(form for form in TURNS if record.get(form) is not None):
+        raise DataError(f"{where}: both `{one}` and `{other}`", expected="one of them", cure=ONE_OF_TWO)
+    form = form_of(record)
+    if form is not None and (form != "caption" or _picture_names(record, where)):
+        return form
     expected = "a list called `conversations`, `messages` or `texts`; or `question` and `answer`; or `image` and `caption`"
     raise DataError(f"{where}: no turns", got=f"the keys {', '.join(map(str, record))}", expected=expected, cure="add turns, or take the record out")
 
@@ -117,14 +153,15 @@ def _messages(record: Mapping[str, Any], form: Form, where: str, picture: Callab
         rows = [row for pair in rows for row in _pair(pair, where)]
     messages = [_message(row, turn, where, picture if form == "messages" else None) for turn, row in enumerate(rows)]
     if form == "caption":
-        messages.insert(0, _Message("user", (), None))
+        messages.insert(0, _Message("user", (), None, False))
     return _with_system(messages, record.get("system"), where)
 
 
 def _pair(pair: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(pair, Mapping):
         raise DataError(f"{where}: a pair of `texts` is not an object", got=type(pair).__name__, expected="an object with `user` and `assistant`")
-    return [{"role": role, "content": pair.get(role), "kind": pair.get("kind")} for role in ("user", "assistant")]
+    both = {key: pair.get(key) for key in ("kind", *LEARN, *REFUSED)}
+    return [both | {"role": role, "content": pair.get(role)} for role in ("user", "assistant")]
 
 
 def _with_system(messages: list["_Message"], system: Any, where: str) -> list["_Message"]:
@@ -134,8 +171,8 @@ def _with_system(messages: list["_Message"], system: Any, where: str) -> list["_
         raise DataError(f"{where}: both `system` and a system turn", expected="one of them", cure="take the one that is not meant out")
     if not isinstance(system, str):
         raise DataError(f"{where}: `system` is not text", got=repr(system)[:80], expected="a string")
-    _check_text(system, f"{where}: `system`")
-    return [_Message("system", (system,), None), *messages]
+    check_text(system, f"{where}: `system`")
+    return [_Message("system", (system,), None, False), *messages]
 
 
 # ---- turns ---------------------------------------------------------------------------------------------------------------
@@ -155,6 +192,7 @@ class _Message(NamedTuple):
     role: str
     parts: tuple[Part, ...]
     kind: str | None
+    learnt: bool
 
     @property
     def slots(self) -> int:
@@ -166,10 +204,7 @@ def _message(row: Any, turn: int, where: str, picture: Callable[[Any, str], Pict
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: turn {turn} is not an object", got=type(row).__name__, expected="an object with `from` and `value`, or `role` and `content`")
     role = _role(_either(row, "from", "role", where), turn, where)
-    if row.get("tool_calls") or row.get("function_call"):
-        raise DataError(
-            f"{where}: turn {turn} calls a tool", expected="turns of system, user and assistant", cure="conversations with tools cannot be trained on: take the record out"
-        )
+    _check_refused(row, f"{where}: turn {turn}")
     content = _either(row, "value", "content", where)
     if picture is not None and isinstance(content, list):
         parts = _joined(_part(part, place, f"{where}: turn {turn}", role, picture) for place, part in enumerate(content))
@@ -183,20 +218,29 @@ def _message(row: Any, turn: int, where: str, picture: Callable[[Any, str], Pict
         raise DataError(f"{where}: turn {turn} has no text", got=repr(content)[:80], expected=expected, cure="fill it in, or take the record out")
     for part in parts:
         if isinstance(part, str):
-            _check_text(part, f"{where}: turn {turn}")
-    return _Message(role, parts, _kind(row, where))
+            check_text(part, f"{where}: turn {turn}")
+    return _Message(role, parts, _kind(row, where), _learnt(row, role, f"{where}: turn {turn}"))
+
+
+def _learnt(row: Mapping[str, Any], role: str, where: str) -> bool:
+    """Whether a turn is learnt: an answer that none of its LEARN keys takes out. where: file, record and turn."""
+    marks = {key: row[key] for key in LEARN if row.get(key) is not None}
+    for key, mark in marks.items():
+        if mark not in (0, 1):
+            raise DataError(f"{where}: `{key}` is neither 0 nor 1, false nor true", got=repr(mark)[:80], cure="an answer is learnt or not: round it, or take it out")
+    return role == "assistant" and all(marks.values())
 
 
 def _role(name: Any, turn: int, where: str) -> str:
     word = name.strip().lower() if isinstance(name, str) else None
     if word in ROLES:
         return ROLES[word]
-    tool = word in TOOLS
-    cure = "conversations with tools cannot be trained on: take the record out" if tool else "rename the role, or take the record out"
+    cure = NO_TOOLS if word in TOOLS else "rename the role, or take the record out"
     raise DataError(f"{where}: turn {turn} has the unknown role {name!r}", expected=f"one of {', '.join(ROLES)}, in any case", cure=cure)
 
 
-def _check_text(text: str, what: str) -> None:
+def check_text(text: str, what: str) -> None:
+    """Raises DataError for half a character, which no file and no tokenizer takes. what: what the text is, as messages call it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -291,7 +335,7 @@ def _either(record: Mapping[str, Any], one: str, other: str, where: str) -> Any:
     """The value under one of two spellings of a key, None without either."""
     first, second = record.get(one), record.get(other)
     if first is not None and second is not None:
-        raise DataError(f"{where}: both `{one}` and `{other}`", expected="one of them", cure="take the one that is not meant out")
+        raise DataError(f"{where}: both `{one}` and `{other}`", expected="one of them", cure=ONE_OF_TWO)
     return second if first is None else first
 
 
@@ -311,91 +355,8 @@ def _kinds(messages: list[_Message], default: str | None) -> list[str | None]:
     return [None if message.role == "system" else kind or default for message, kind in zip(messages, kinds, strict=True)]
 
 
-# ---- pictures ------------------------------------------------------------------------------------------------------------
-
-
 def _picture_names(record: Mapping[str, Any], where: str) -> list[Any]:
     names = _either(record, "image", "images", where)
     if names is None:
         return []
     return names if isinstance(names, list) else [names]
-
-
-def picture_below(root: str, *, remote: bool = False) -> Callable[[Any, str], Picture]:
-    """What turns whatever stands in a record for a picture into a `Picture`: (value, where) -> Picture. It can be pickled.
-
-    Taken are paths below `root` (symbolic links are followed, and may not lead out), bytes of a picture file, {"bytes": ..., "path": ...} with one of the two, Pillow images, base64 `data:` addresses, and,
-    only where `remote` is set, http and https addresses. Whether a file is there shows when it is read, or by `check_pictures`. Raises DataError for anything else, and for no bytes or too many.
-    """
-    return _Below(root, remote, os.path.realpath(root))
-
-
-@dataclass(frozen=True)
-class _Below:
-    root: str
-    remote: bool
-    inside: str
-
-    def __call__(self, value: Any, where: str) -> Picture:
-        if isinstance(value, Picture):
-            return value
-        name = ""
-        if isinstance(value, Mapping):
-            name = value.get("path") or ""
-            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-        if isinstance(value, bytes):
-            return _embedded(value, str(name) or "in the record", where)
-        if isinstance(value, str):
-            if value and "\0" not in value:
-                return self._named(value, where)
-        elif hasattr(value, "getexif"):
-            return held(value, "picture given as an image")
-        raise DataError(f"{where}: a picture is not a path", got=repr(value)[:80], expected="a path, or a list of paths; or the bytes of a picture file")
-
-    def _named(self, name: str, where: str) -> Picture:
-        if DATA.match(name):
-            return _embedded(_decoded(name, where), f"{name[:30]}...", where)
-        if self.remote and name.lower().startswith(("http://", "https://")):
-            return Picture(name, remote=True)
-        if ADDRESS.match(name):
-            web = name.lower().startswith(("http://", "https://"))
-            cure = "fetch the pictures before training and name them by path" + (", or allow them with `remote: true`" if web else "")
-            raise DataError(f"{where}: the picture {name[:80]} is not a file", expected=f"a path below {self.root}", cure=cure)
-        path = os.path.join(self.root, name)
-        real = os.path.realpath(path)
-        if os.path.commonpath((self.inside, real)) != self.inside:
-            raise DataError(
-                f"{where}: the picture {name} leads out of the folder of pictures",
-                got=real if os.path.exists(real) else f"{real}, which is not there",
-                expected=f"a path below {self.root}",
-                cure="set `images` to the folder that holds all",
-            )
-        return Picture(path)
-
-
-def _embedded(data: bytes, name: str, where: str) -> Picture:
-    from vlm.images import LIMITS
-
-    if not data:
-        raise DataError(f"{where}: the picture {name} holds 0 bytes", expected="the bytes of a picture file", cure="take the record out, or `on_bad: skip`")
-    if len(data) > LIMITS.max_bytes:
-        raise DataError(f"{where}: the picture {name} is too large", got=f"{len(data):,} bytes", expected=f"at most {LIMITS.max_bytes:,}", cure="make it smaller")
-    return held(data, name)
-
-
-def _decoded(address: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(address[address.index(",") + 1 :], validate=True)
-    except binascii.Error as error:
-        raise DataError(f"{where}: the picture {address[:30]}... is not base64", got=error, cure="mend it, or take the record out") from None
-
-
-def check_pictures(sample: Sample) -> None:
-    """Raises DataError where a picture's file is not there or holds 0 bytes. Pictures in memory were looked at when the record was read; addresses are not asked."""
-    for picture in sample.pictures:
-        if picture.data is not None or picture.remote:
-            continue
-        if not os.path.isfile(picture.path):
-            raise DataError(f"{sample.where}: the picture {picture.path} is not there", cure="check the path and the source's `images` folder, or `on_bad: skip`")
-        if picture.length() < 1:
-            raise DataError(f"{sample.where}: the picture {picture.path} holds 0 bytes", cure="fetch it again, or `on_bad: skip`")

@@ -7,7 +7,7 @@ from functools import cache
 
 from vlm.errors import DataError
 
-__all__ = ["fetch"]
+__all__ = ["fetch", "opener"]
 
 SECONDS = 20.0
 """How long a host may stay silent."""
@@ -18,7 +18,7 @@ def fetch(address: str) -> bytes:
     from vlm.images import LIMITS
 
     try:
-        with _opener().open(address, timeout=SECONDS) as answer:
+        with opener().open(address, timeout=SECONDS) as answer:
             data: bytes = answer.read(LIMITS.max_bytes + 1)
     except (http.client.HTTPException, ValueError) as problem:
         raise OSError(f"{type(problem).__name__}: {problem}") from problem
@@ -28,9 +28,9 @@ def fetch(address: str) -> bytes:
 
 
 @cache
-def _opener() -> urllib.request.OpenerDirector:
-    """Only these handlers: a redirect to file, ftp or data finds none, and is an unknown kind of address."""
-    opener = urllib.request.OpenerDirector()
+def opener() -> urllib.request.OpenerDirector:
+    """What every address is opened by. Only these handlers: a redirect to file, ftp or data finds none, and is an unknown kind of address."""
+    director = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
         urllib.request.HTTPHandler(),
@@ -40,5 +40,5 @@ def _opener() -> urllib.request.OpenerDirector:
         urllib.request.HTTPErrorProcessor(),
         urllib.request.UnknownHandler(),
     ):
-        opener.add_handler(handler)
-    return opener
+        director.add_handler(handler)
+    return director

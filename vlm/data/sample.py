@@ -2,13 +2,24 @@
 
 import io
 import os
+import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlm.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["Picture", "Sample", "Turn", "held"]
+
+ORIENTATION = 0x0112  # EXIF
+FILES = {"1": "PNG", "L": "PNG", "LA": "PNG", "I;16": "PNG", "P": "PNG", "RGB": "PNG", "RGBA": "PNG", "I": "TIFF", "F": "TIFF"}
+"""Mode of Pillow -> the kind of file that holds it as it is."""
+SAME = {"RGBa": "RGBA", "La": "LA", "PA": "RGBA"}
+"""Modes without such a file -> those that say the same."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +58,60 @@ class Picture:
 
 
 def held(source: "bytes | Image.Image", name: str = "picture given as bytes") -> Picture:
-    """A picture in memory, of a file's bytes or of a Pillow image, which goes the same way from bytes to RGB as a file does. name: what messages call it."""
-    if not isinstance(source, bytes):
-        buffer = io.BytesIO()
-        image = source if source.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else source.convert("RGB")
-        image.save(buffer, "PNG", compress_level=1, exif=source.getexif())
-        source = buffer.getvalue()
-    return Picture(name, size=len(source), data=source)
+    """A picture in memory, of a file's bytes or of a Pillow image, which goes the same way from bytes to RGB as a file does. name: what messages call it.
+
+    Raises DataError for a Pillow image that cannot be decoded or has no pixels, and for one of a TIFF file whose white only the file tells.
+    """
+    data = source if isinstance(source, bytes) else _as_file(source, name)
+    return Picture(name, size=len(data), data=data)
+
+
+def _as_file(image: "Image.Image", name: str) -> bytes:
+    """The bytes of a file that `open_picture` reads as it would read the one that the image came from."""
+    buffer = io.BytesIO()
+    try:
+        image.load()  # Pillow turns a TIFF while it loads, and only then forgets its orientation
+        _check_white(image, name)
+        exif = _upright(image)
+        image = _same(image)
+        image.save(buffer, FILES[image.mode], compress_level=1, exif=exif)
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every built-in kind
+        raise DataError(f"{name}: the picture is truncated or corrupt: {error}", cure="look into the image; or give the path or the bytes of its file") from error
+    return buffer.getvalue()
+
+
+def _same(image: "Image.Image") -> "Image.Image":
+    """The image in a mode that a file holds."""
+    from PIL import Image
+
+    if image.mode in ("I;16B", "I;16L", "I;16N") or (image.mode == "I" and image.format == "PPM"):  # Pillow scales PPM of more than 8 bits to 0..65535
+        return Image.fromarray(np.asarray(image).astype(np.uint16))  # Pillow's own conversion between orders of bytes clips at 255
+    return image if image.mode in FILES else image.convert(SAME.get(image.mode, "RGB"))
+
+
+def _check_white(image: "Image.Image", name: str) -> None:
+    """An image of Pillow keeps 9 to 15 bits, and a white of zero, as 16-bit values that do not say so."""
+    tags = getattr(image, "tag_v2", {})
+    bits, zero = tags.get(258, (16,))[0], tags.get(262)
+    if image.mode.startswith("I;16") and (bits < 16 or zero == 0):
+        got = f"a TIFF of {bits} bits" + (" whose white is 0" if zero == 0 else "")
+        raise DataError(f"{name}: nothing says which of its values is white", got=got, expected="16 bits, white the largest", cure="give the path or the bytes of the file")
+
+
+def _upright(image: "Image.Image") -> "Image.Exif":
+    """The orientation alone; a block that cannot be read counts as none."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error, OSError):
+        return exif
+    if orientation in range(2, 9):
+        exif[ORIENTATION] = orientation
+    return exif
 
 
 @dataclass(frozen=True)

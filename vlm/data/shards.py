@@ -11,7 +11,6 @@ import os
 import re
 import tarfile
 import urllib.error
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from vlm.data.remote import opener
 from vlm.data.tarindex import COMPRESSED, Member, ShardIndex, Stamp, index_of, keep_index, load_index, parse_index, read_index, stamp_of
 from vlm.errors import DataError
 
@@ -216,11 +216,11 @@ def _fetched(address: str, tries: int = TRIES) -> bytes:
 def _fetched_once(address: str) -> bytes:
     data = bytearray()
     try:
-        with urllib.request.urlopen(address, timeout=SECONDS) as answer:
+        with opener().open(address, timeout=SECONDS) as answer:
             _pour(answer, data, address)
             if answer.length:
                 raise ConnectionError(f"{answer.length:,} bytes are missing")
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, ValueError) as error:
         raise ConnectionError(f"{type(error).__name__}: {error}") from error
     return bytes(data)
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from vlm.data.pictures import check_pictures
 from vlm.data.problems import kind_of
-from vlm.data.record import check_pictures
 from vlm.data.sample import Picture, Sample
 from vlm.errors import DataError
 from vlm.images import upright_size

@@ -3,15 +3,17 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from vlm.data import register
+from vlm.data.jsonfile import parsed
 from vlm.data.mixture import WINDOW
-from vlm.data.record import ADDRESS, check_pictures, picture_below, sample_of
+from vlm.data.pictures import ADDRESS, check_pictures, picture_below
+from vlm.data.record import form_of, refused_key, sample_of
 from vlm.data.sample import Picture, Sample
 from vlm.data.shards import Shard, find_shards
 from vlm.data.tarindex import NAMED, RECORDS, Member, ShardIndex
@@ -31,10 +33,10 @@ KEPT = 2**30
 class TarSource:
     """Tar shards. A sample is the members that share a name up to the first dot of the base name, wherever in the shard they lie.
 
-    Its record is the member `json` (any form that `sample_of` knows), else `txt` or `caption`, the caption of its pictures. A record names pictures by member, by extension ("left.jpg") or by path
+    Its record is the member `json` (any form that `sample_of` knows), else `txt` or `caption`, the caption of its pictures; beside these a `json` of no known form is metadata. A record names pictures by member, by extension ("left.jpg") or by path
     below `images`; where it names none, it has all its picture members, in the order of the shard.
 
-    file: a shard, a folder of them, a pattern (`train-*.tar`), or a range (`train-{000000..000012}.tar`). images: the folder of pictures that are no members. samples: their number, for planning where
+    file: a shard, a folder of them, a pattern (`train-*.tar`), or a range (`train-{000000..000012}.tar`). images: the folder of pictures that are no members; without it no file is read. samples: their number, for planning where
     the shards are not there. missing_placeholder, on_bad: as of `LlavaSource`; with `stream`, on_bad leaves bad samples to the step that meets them.
     stream: read each shard from front to back into memory, compressed ones too (gzip, bzip2, xz), in an order that takes few shards at a time. Every worker of every rank reads every shard.
     remote: shards and pictures may be http and https addresses; shards only with `stream`.
@@ -59,7 +61,7 @@ class TarReader:
     Keeps the members' places, not their bytes: cheap to fork and to pickle. Random access reads a record by its place and leaves its pictures where they are; a streamed reader keeps the last shards.
 
     bad: one error per sample that is left out: members that are no sample by their names, and what `on_bad: skip` found.
-    warnings: what else a user should see: empty shards, members that were skipped, indexes that could not be kept.
+    warnings: what else a user should see: empty shards, members that were skipped, captions of several pictures, indexes that could not be kept.
     blocks: samples per shard, for the order of a mixture; None where any order will do.
     """
 
@@ -77,7 +79,7 @@ class TarReader:
         self.bad = tuple(bad)
         self.warnings = tuple(_warnings(self.shards, self._indexes, source.stream))
         if not len(self._numbers):
-            raise DataError(f"{source.file} holds no samples", got=f"{len(bad)} that were left out, the first: {bad[0]}" if bad else f"{len(self.shards)} shards without members")
+            raise DataError(f"{source.file} holds no samples", got=f"{len(bad)} that were left out, the first: {bad[0]}" if bad else "; ".join(self.warnings))
 
     @property
     def blocks(self) -> tuple[int, ...] | None:
@@ -107,14 +109,16 @@ class TarReader:
         members = index.members(number - int(self._ends[place]) + len(index))
         key, where = members[0].key, f"{self.shards[place].path}, sample {members[0].key}"
         read, picture = self._ways(place)
-        record = _record(members, where, read)
-        pictures = [picture(member) for member in members if member.extension.rpartition(".")[2] in PICTURES]
+        record, notes = _record(members, where, read)
+        pictures = [picture(member) for member in members if _is_picture(member)]
         if pictures and not _names_pictures(record):
+            notes += ("caption of several pictures",) * (len(pictures) > 1 and form_of(record) == "caption")
             record = {**record, "images": pictures}
         if record.get("id") is None:
             record = {**record, "id": key}
         found = partial(self._picture, members, picture)
-        return sample_of(record, number=number, where=where, picture=found, prepend=self.source.missing_placeholder == "prepend")
+        sample = sample_of(record, number=number, where=where, picture=found, prepend=self.source.missing_placeholder == "prepend")
+        return replace(sample, notes=sample.notes + notes)
 
     def _ways(self, place: int) -> tuple[Callable[[Member], bytes], Callable[[Member], Picture]]:
         """How members of a shard are read, and become pictures."""
@@ -165,24 +169,33 @@ class TarReader:
         return True
 
 
-def _record(members: Sequence[Member], where: str, read: Callable[[Member], bytes]) -> Mapping[str, Any]:
+def _is_picture(member: Member) -> bool:
+    return member.extension.rpartition(".")[2] in PICTURES
+
+
+def _record(members: Sequence[Member], where: str, read: Callable[[Member], bytes]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """A sample's record, and what should be counted of how it was found."""
     known = {member.extension: member for member in members}
-    member = next(known[extension] for extension in RECORDS if extension in known)
+    first, *others = (known[extension] for extension in RECORDS if extension in known)
+    record = _content(first, where, read)
+    if others and not (isinstance(record, Mapping) and (form_of(record) or refused_key(record))):
+        return _content(others[0], where, read), ("caption beside metadata",)
+    if not isinstance(record, Mapping):
+        raise DataError(f"{where}: {first.base} is not an object", got=type(record).__name__, expected="an object with `conversations` or `messages`")
+    return record, ()
+
+
+def _content(member: Member, where: str, read: Callable[[Member], bytes]) -> Any:
     if member.size > LARGEST_RECORD:
         raise DataError(f"{where}: {member.base} is too large for a record", got=f"{member.size:,} bytes", expected=f"at most {LARGEST_RECORD:,}")
     try:
         text = read(member).decode("utf-8-sig")
-        record = json.loads(text) if member.extension == "json" else {"caption": text.strip()}
+        return parsed(text, f"{where}: {member.base}") if member.extension == "json" else {"caption": text.strip()}
     except UnicodeDecodeError as error:
         cure = "re-save it as UTF-8; encodings are not guessed"
         raise DataError(f"{where}: {member.base} is not UTF-8 at byte {error.start}", got=f"0x{error.object[error.start]:02x}, {error.reason}", cure=cure) from None
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: {member.base} is not JSON at line {error.lineno} column {error.colno}", got=error.msg, cure="mend it, or `on_bad: skip`") from None
-    except RecursionError:
-        raise DataError(f"{where}: {member.base} is nested too deeply") from None
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where}: {member.base} is not an object", got=type(record).__name__, expected="an object with `conversations` or `messages`")
-    return record
 
 
 def _names_pictures(record: Mapping[str, Any]) -> bool:
@@ -209,11 +222,21 @@ def _warnings(shards: Sequence[Shard], indexes: Sequence[ShardIndex], stream: bo
             junk[reason] = before + count, [*others, *(f"{name} in {shard.name}" for name in named)][:NAMED]
     for reason, (count, named) in junk.items():
         yield f"{count:,} left out, {reason}: {_listed(named, count)}"
+    if crowded := [f"{key} in {shard.name}" for shard, index in zip(shards, indexes, strict=True) for key in _crowded(index)]:
+        count = "1 caption is" if len(crowded) == 1 else f"{len(crowded):,} captions are"
+        yield f"{count} learnt of several pictures together; take those that are no part of it out of the shards, or name the others in a json: {_listed(crowded, len(crowded))}"
     if unkept := [(shard.name, shard.unkept) for shard in shards if shard.unkept]:
         yield f"{_count(len(unkept), 'index')} could not be kept beside the shards and will be made at every start: {_listed([f'{name} ({reason})' for name, reason in unkept], len(unkept))}"
     largest = sum(sorted((index.length for index in indexes), reverse=True)[: WINDOW + 1])
     if stream and largest > KEPT:
         yield f"{WINDOW + 1} shards in use may take {largest:,} bytes, and {KEPT:,} are kept: shards will be read again and again; write smaller ones"
+
+
+def _crowded(index: ShardIndex) -> Iterator[str]:
+    """Keys of the samples whose text, without a json, is the caption of several pictures. Told by names alone, and quickly for what has a json."""
+    for sample in np.flatnonzero(np.diff(index.starts) > 2).tolist():
+        if b".json" not in index.names_of(sample).lower() and sum(map(_is_picture, members := index.members(sample))) > 1:
+            yield members[0].key
 
 
 def _count(number: int, what: str) -> str:

@@ -77,6 +77,11 @@ class ShardIndex:
         """The members of a sample; they share a key."""
         return [self._member(number) for number in range(int(self.starts[sample]), int(self.starts[sample + 1]))]
 
+    def names_of(self, sample: int) -> bytes:
+        """The names of its members, one behind the other."""
+        first, last = int(self.starts[sample]), int(self.starts[sample + 1])
+        return self.names[int(self.ends[first - 1]) if first else 0 : int(self.ends[last - 1]) if last else 0]
+
     def _member(self, number: int) -> Member:
         begin = int(self.ends[number - 1]) if number else 0
         return Member(self.names[begin : int(self.ends[number])].decode("utf-8", "replace"), int(self.offsets[number]), int(self.sizes[number]))
@@ -326,9 +331,9 @@ class _Scan:
         return text
 
     def _pax(self, text: bytes, position: int) -> dict[str, str]:
-        """Records `length key=value newline` of a pax header (POSIX.1-2001, pax)."""
+        """Records `length key=value newline` of a pax header (POSIX.1-2001, pax), up to the zeros that some programs fill it with."""
         facts: dict[str, str] = {}
-        while text:
+        while text and text[0]:
             digits, _, _ = text.partition(b" ")
             length = self._number(digits.decode("ascii", "replace"), position)
             key, equals, value = text[len(digits) + 1 : length - 1].partition(b"=")
@@ -342,9 +347,9 @@ class _Scan:
         """A size, which is no negative number: a walk must go forward."""
         if isinstance(value, int) and value >= 0:
             return value
-        if isinstance(value, str) and value.isascii() and value.isdigit():
+        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
             return int(value)
-        raise self._damaged(position, f"a size of {value!r}")
+        raise self._damaged(position, f"a size of {str(value)[:40]!r}")
 
     def _see_the_end(self, position: int) -> None:
         """From a block of zeros on, all must be zero: behind it other readers find nothing."""

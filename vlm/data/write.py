@@ -120,7 +120,7 @@ def _messages(sample: Sample, pictures: list[Any]) -> dict[str, Any]:
     rows = []
     for turn, kind in _with_kinds(sample.turns):
         plain = not _pictured(turn) and not (turn.role == "user" and MARK in turn.text)
-        rows.append({"role": turn.role, "content": turn.text if plain else _content(turn)} | kind)
+        rows.append({"role": turn.role, "content": turn.text if plain else _content(turn)} | kind | _unlearnt(turn))
     return _head(sample) | named | {"messages": rows}
 
 
@@ -146,6 +146,11 @@ def _with_kinds(turns: tuple[Turn, ...]) -> Iterator[tuple[Turn, dict[str, str]]
         known = before is not None and (before.role, turn.role, before.kind) == ("user", "assistant", turn.kind)
         yield turn, {} if turn.kind is None or known else {"kind": turn.kind}
         before = turn
+
+
+def _unlearnt(turn: Turn) -> dict[str, int]:
+    """OpenAI's mark of an answer that is not learnt. Only `messages` have a place for it."""
+    return {"weight": 0} if turn.role == "assistant" and not turn.supervised else {}
 
 
 def _pictured(turn: Turn) -> bool:
