@@ -62,7 +62,7 @@ export: $(INSTALLED) ## write RUN as a model that transformers loads by itself
 	@$(BIN)/vlm export $(RUN) --to llava $(ARGS)
 
 bench: $(INSTALLED) ## run every file of benchmarks/
-	@failed=0; for file in benchmarks/*.py; do test -e "$$file" || continue; echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || failed=1; done; exit $$failed
+	@failed=0; for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || failed=1; done; exit $$failed
 
 clean: ## remove builds and caches; the environment and runs/ stay
 	@rm -rf build dist vlm.egg-info .pytest_cache .ruff_cache
