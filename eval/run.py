@@ -60,6 +60,8 @@ def evaluate(
     Raises ConfigurationError for an unknown name, CheckpointError for a folder without a run, DataError.
     """
     folder = Path(run_folder)
+    if limit is not None and limit < 1:
+        raise ConfigurationError("nothing would be asked", got=f"limit {limit}", expected="1 or more", cure="leave it away to ask everything")
     spec = run or (compose(RunSpec, folder / "config.yaml", allow_import=False) if (folder / "config.yaml").is_file() else None)
     if file is not None and (spec is not None or (folder / "config.json").is_file()):
         chosen = _one_split(file, images)
@@ -67,7 +69,7 @@ def evaluate(
         chosen = _chosen(spec, sources)
     else:
         raise CheckpointError(
-            f"{folder} holds no run", expected="config.yaml and export/", cure="give the folder that `vlm train` wrote, or with `file` one that `vlm import` wrote"
+            f"{folder} holds no run", expected="config.yaml and export/", cure="give the folder that `vlm train` wrote, or with --file one that `vlm import` wrote"
         )
     if stage is not None and (spec is None or stage not in spec.stages):
         raise ConfigurationError(f"{folder} has no stage {stage!r}", expected=f"one of {', '.join(spec.stages)}" if spec else "a run")

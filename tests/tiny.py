@@ -66,6 +66,22 @@ def tower_config(kind: str = "clip", **numbers: Any) -> dict[str, Any]:
     return base | ({"projection_dim": 16} if kind == "clip" else {"vision_use_head": True}) | numbers
 
 
+def open_clip_config(**vision: Any) -> dict[str, Any]:
+    """Numbers of a visual tower of open_clip: 28 pixels, patch 14, four patches."""
+    return {"embed_dim": 24, "vision_cfg": {"image_size": 28, "patch_size": 14, "width": 16, "head_width": 8, "layers": 3, "mlp_ratio": 2.0} | vision}
+
+
+def hybrid_arguments(low: str = "siglip", **fields: Any) -> dict[str, Any]:
+    """Fields of a `hybrid` encoder: SAM at 32 pixels with padded windows and one global block, a low tower of four patches; both streams are 2 x 2 tokens of width 16."""
+    from vlm import encoders
+    from vlm.encoders.hybrid import SAMSpec
+
+    numbers = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_dim": 24, "output_channels": 8}
+    geometry = {"image_size": 32, "patch_size": 8, "window_size": 3, "global_attn_indexes": [1]}
+    high = SAMSpec(config=numbers | geometry, weights="random", downsample_channels=(12, 16))
+    return {"high": high, "low": encoders.registry.get(low)(config=tower_config(low), weights="random")} | fields
+
+
 @cache
 def _byte_level(prefix_space: bool) -> str:
     tokenizer = Tokenizer(models.BPE())
@@ -133,7 +149,6 @@ MIXED = (
     "data.captions={reader: tar, file: '${data_root}/tar/instruct-*.tar'}",
     "stages.instruct.data={questions: 0.7, captions: 0.3}",
     "stages.align.data=captions",
-    "every_stage.prompt=chatml",
     "stages.align.prompt=chatml",
 )
 """Overrides of llava_tiny: Parquet and tar mixed by weight."""

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from vlm.composition import ConfigurationProblems, compose
+from vlm.composition import ConfigurationProblems, compose, resolved
 from vlm.errors import ConfigurationError, EnvironmentProblem, VLMError
 from vlm.eval.report import report_file, scored
 from vlm.train.comparison import Comparison, Run, Scores
@@ -115,6 +115,7 @@ def plan(config: str | Path, overrides: Sequence[str], vary: Sequence[str], seed
             problems |= {str(one): one for one in _each(error)}
     if problems:
         raise ConfigurationProblems(list(problems.values()), str(config))
+    _check_differ(composed, settings)
     first = composed[0]
     folder = Path(out) if out is not None else Path(first.runs) / f"{first.name}-ablation"
     trials = []
@@ -122,6 +123,15 @@ def plan(config: str | Path, overrides: Sequence[str], vary: Sequence[str], seed
         own = (f"name={json.dumps(_name(run.name, setting, seed))}", f"runs={json.dumps(str(folder), ensure_ascii=False)}", f"seed={seed}")
         trials.append(Trial(", ".join(setting) or "as configured", seed, compose(RunSpec, config, [*overrides, *setting, *own])))
     return folder, trials
+
+
+def _check_differ(runs: Sequence[RunSpec], settings: Sequence[Sequence[str]]) -> None:
+    """Raise ConfigurationError where two settings are one run: a difference of 0 would then say nothing."""
+    seen: dict[str, Sequence[str]] = {}
+    for run, setting in zip(runs, settings, strict=True):
+        twin = seen.setdefault(json.dumps(resolved(run), sort_keys=True), setting)
+        if twin is not setting:
+            raise ConfigurationError(f"{', '.join(twin)} and {', '.join(setting)} are the same run", cure="vary a key that is used: a stage's own value wins over `every_stage`")
 
 
 def values(text: str) -> tuple[str, list[str]]:

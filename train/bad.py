@@ -1,6 +1,7 @@
 """bad_samples.jsonl: which samples were left out or replaced, and when they are too many."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any
 from vlm.data.problems import kind_of
 from vlm.errors import DataError
 
-__all__ = ["BadSamples"]
+__all__ = ["BadSamples", "allowed"]
+
+
+def allowed(budget: float, samples: int) -> int:
+    """How many of the samples may be bad. Rounded up, so that one in a small set does not stop a run."""
+    return math.ceil(budget * samples)
 
 
 class BadSamples:
     """The bad samples of one stage, over all ranks.
 
     Args:
-        budget: share of the stage's `samples` that may be bad.
+        budget: share of the stage's `samples` that may be bad, rounded up (`allowed`).
     """
 
     def __init__(self, folder: Path, stage: str, rank: int, budget: float, samples: int):
@@ -30,7 +36,7 @@ class BadSamples:
             bad = [{"source": name, "kind": kind_of(problem), "reason": str(problem)} for problem in left_out]
             if self.rank == 0:
                 self.add(0, bad)
-            if len(bad) > self.budget * (len(reader) + len(bad)):
+            if len(bad) > allowed(self.budget, len(reader) + len(bad)):
                 self._stop(f"source {name}", len(bad), len(reader) + len(bad), Counter(entry["kind"] for entry in bad))
 
     def rewind(self, step: int) -> None:
@@ -51,7 +57,7 @@ class BadSamples:
     def check(self, step: int, count: int) -> None:
         """count: bad samples of this step over all ranks. Raises DataError on every rank once they are more than the budget allows."""
         self.count += count
-        if self.count > self.budget * self.samples:
+        if self.count > allowed(self.budget, self.samples):
             kinds = Counter(line["kind"] for line in self._lines() if line["stage"] == self.stage and line["step"])
             self._stop(f"stage {self.stage} at step {step}", self.count, self.samples, kinds)
 
@@ -64,6 +70,6 @@ class BadSamples:
         raise DataError(
             f"too many bad samples in {where}",
             got=f"{count:,} ({', '.join(f'{number:,} {kind}' for kind, number in kinds.most_common())})",
-            expected=f"at most bad_budget {self.budget:g} of {samples:,} samples",
+            expected=f"at most {allowed(self.budget, samples):,} (bad_budget {self.budget:g} of {samples:,} samples)",
             cure=f"look at {self.file} and at the source with `vlm data check`, mend the data, or raise bad_budget",
         )

@@ -18,7 +18,9 @@ from PIL import Image
 from vlm.composition import to_plain
 from vlm.config import links, picture_tokens
 from vlm.connectors.base import ConnectorSpec, Link
+from vlm.encoders.clip import TowerSpec
 from vlm.errors import CheckpointError, ConfigurationError, DataError, VLMError
+from vlm.hf_config import refuse_unknown
 from vlm.images import apply_policy
 from vlm.llm.base import check_claims, check_order
 from vlm.llm.context import VISION
@@ -27,6 +29,7 @@ from vlm.loading import model_folder, text_config
 from vlm.processor import IGNORE, Row, load_tokenizer, placeholder_id
 from vlm.prompt import TEMPLATES, Prompt
 from vlm.train import cost
+from vlm.train.bad import allowed
 from vlm.train.config import RunSpec, StageSpec
 from vlm.train.engine import deepspeed_config, precision_of
 from vlm.train.findings import Report, Span, StageReport
@@ -83,6 +86,7 @@ class _Check:
 
     def all(self) -> None:
         self._unset()
+        self._ranges()
         if not self.run.stages:
             self.report._add(ConfigurationError("the run has no stage", cure="write one under `stages:`"))
         for name, stage in self.run.stages.items():
@@ -96,6 +100,7 @@ class _Check:
         for index, stage in enumerate(self.run.stages.values()):
             self._prompt(index, stage)
             self._structure(index, stage)
+        self._never_trained()
         self._open_sources()
         for index, stage in enumerate(self.run.stages.values()):
             self._length(index, stage)
@@ -138,6 +143,18 @@ class _Check:
         for name, paths in waiting.items():
             self.report._leave(f"{name} is not set, so {', '.join(paths)} {'is' if len(paths) == 1 else 'are'} not looked at (add {name}=...)")
 
+    def _ranges(self) -> None:
+        run = self.run
+        for path, value, low, high in (
+            ("workers", run.workers, 0, None),
+            ("log_every", run.log_every, 1, None),
+            ("save.every", run.save.every, 0, None),
+            ("save.keep", run.save.keep, 1, None),
+            ("bad_budget", run.bad_budget, 0, 1),
+        ):
+            if value < low or (high is not None and value > high):
+                self._wrong(path, "is out of range", got=value, expected=f"{low} or more" if high is None else f"from {low} to {high}", cure=f"set {path}")
+
     def _stage(self, path: str, stage: StageSpec) -> None:
         if stage.epochs is not None and stage.steps is not None:
             key = path.rpartition(".")[2]
@@ -156,6 +173,8 @@ class _Check:
         with self._at(f"{path}.images"):
             encoder = self.run.model.encoder
             apply_policy(stage.images.use, Image.new("RGB", (16, 16)), getattr(encoder, "mean", None), getattr(encoder, "size", None))
+            if stage.images.tiling is not None and (crop := getattr(encoder, "crop", None) or 1.0) < 1.0:
+                self.report.warnings.append(f"{path}.images: the encoder drops the edges of every tile (model.encoder.crop {crop:g}); set model.encoder.crop=1.0 to keep them")
         self._zero(f"{path}.deepspeed", stage)
 
     def _zero(self, path: str, stage: StageSpec) -> None:
@@ -231,6 +250,9 @@ class _Check:
             self.text = text_config(self.run.model)
         if self.text is None:
             return
+        if llm.config is not None:
+            with self._at("model.llm.config"):
+                refuse_unknown(type(self.text), set(llm.config) - {"model_type"})
         if is_varlen(llm.attention) and self.run.precision == "fp32":
             self._wrong("model.llm.attention", "flash attention computes in bf16 only", got="precision: fp32", expected="bf16, or auto on a GPU", cure="set llm.attention: auto")
         claims: dict[str, Sequence[str]] = {}
@@ -247,6 +269,9 @@ class _Check:
 
     def _connector(self) -> None:
         encoder, connector = self.run.model.encoder, self.run.model.connector
+        if isinstance(encoder, TowerSpec) and encoder.path is None:  # else the numbers may be those of the file
+            with self._at("model.encoder.config"):
+                refuse_unknown(encoder.config_class(), encoder.config or ())
         before = len(self.report.problems)
         link = Link(encoder.widths, encoder.levels, None)
         self._stream("model.connector", connector, link)
@@ -314,6 +339,13 @@ class _Check:
                 with self._at(f"stages.{name}"):
                     self.report.stages[index].groups = cost.planned(model, stage)
         self.report.stages[index].breaks = [f"{adapted}: {text}" for adapted, part in spec.adapt.items() for text in part.breaks()]
+
+    def _never_trained(self) -> None:
+        """Adaptations that no stage trains."""
+        for name, spec in self.run.model.adapt.items():
+            groups = [group for stage in self.report.stages for group in stage.groups if re.search(rf"\b{spec.use}\b", group.path)]
+            if groups and all(group.rate is None for group in groups):
+                self.report.warnings.append(f"model.adapt.{name} is never trained: no stage gives {groups[0].path} a rate")
 
     def _parts(self, groups: Mapping[str, list[Any]]) -> None:
         """The parts with their parameters; the last stage's stay."""
@@ -390,6 +422,11 @@ class _Check:
                 self.report._add(problem)
             return
         bad = [*getattr(self.readers[name], "bad", ())]
+        samples = len(bad) + len(self.readers[name])
+        if len(bad) > allowed(self.run.bad_budget, samples):
+            got, expected = f"{len(bad):,} of {samples:,} samples, the first: {bad[0]}", f"at most {allowed(self.run.bad_budget, samples):,} (bad_budget {self.run.bad_budget:g})"
+            self._wrong(f"data.{name}", "too many bad samples", kind=DataError, got=got, expected=expected, cure="mend the data, or raise bad_budget")
+            return
         if left := len(bad) + len(scan.refused) + sum(len(measure.lost) for measure in measures):
             self.report.warnings.append(f"data.{name}: {left:,} samples are left out or replaced (on_bad: skip), the first: {[*bad, *problems][0]}")
 
@@ -443,8 +480,11 @@ class _Check:
             return
         from vlm.weights.llava import obstacles
 
-        found = obstacles(model_at(self.run, len(self.run.stages) - 1), self.text)
-        self.report.exports["llava"] = f"not possible: {'; '.join(map(str, found))}" if found else "transformers' LlavaForConditionalGeneration"
+        found = list(map(str, obstacles(model_at(self.run, len(self.run.stages) - 1), self.text)))
+        name, stage = list(self.run.stages.items())[-1]
+        if stage.images.tiling is not None:
+            found.append(f"stages.{name}.images is anyres, LLaVA reads one square per picture")
+        self.report.exports["llava"] = f"not possible: {'; '.join(found)}" if found else "transformers' LlavaForConditionalGeneration"
 
 
 def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

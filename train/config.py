@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
 from vlm.config import ModelSpec
 from vlm.errors import ConfigurationError
 from vlm.prompt import PromptSpec
+from vlm.tiles import Tiling
 
 __all__ = ["OptimizerSpec", "PolicySpec", "RunSpec", "SaveSpec", "ScheduleSpec", "StageSpec"]
 
@@ -68,11 +69,20 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicySpec:
-    """What happens to a picture before the encoder's own preprocessing: native, crop, pad, squash (images.py)."""
+class PolicySpec(Tiling):
+    """What happens to a picture before the encoder's own preprocessing: native, crop, pad, squash (images.py), or anyres, which has the settings of a Tiling (tiles.py)."""
 
-    use: Literal["native", "crop", "pad", "squash"] = "native"
-    official: bool = False
+    use: Literal["native", "crop", "pad", "squash", "anyres"] = "native"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.use != "anyres" and (changed := [field.name for field in fields(Tiling) if field.name != "official" and getattr(self, field.name) != field.default]):
+            raise ConfigurationError(f"{' and '.join(changed)} set how anyres cuts a picture", got=f"use: {self.use}", cure="set use: anyres, or leave them out")
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How pictures are cut; None where they stay whole."""
+        return Tiling(**{field.name: getattr(self, field.name) for field in fields(Tiling)}) if self.use == "anyres" else None
 
 
 @dataclass(frozen=True, kw_only=True)

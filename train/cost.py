@@ -92,7 +92,7 @@ class RowLengths(VLMProcessor):
         self.sizes: dict[Picture, tuple[int, int]] = {}
         self.typical = typical_size(self.model.encoder)
         self._layouts: dict[tuple[int, int], TokenLayout] = {}
-        self.fixed = picture_tokens(self.model, self.width, self.policy)[1]
+        self.fixed = picture_tokens(self.model, self.width, self.policy, self.tiling)[1]
 
     def see(self, picture: Picture | Image.Image | bytes | str | Path, mode: Mode = "infer", where: str = "") -> ImageInput:
         size = self.sizes.get(picture, self.typical) if isinstance(picture, Picture) else self.typical

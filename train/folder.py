@@ -57,7 +57,7 @@ def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
 
     Raises ConfigurationError for an existing run without resume, CheckpointError for another run, DataError for data that changed.
     """
-    if not (folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").is_file() or (not resume and not _begun(folder)):
         (folder / "resume").mkdir(parents=True, exist_ok=True)
         _write(folder / "environment.json", json.dumps(_environment(), indent=1))
         _write(folder / "manifest.json", json.dumps(_manifest(run), indent=1))
@@ -78,6 +78,12 @@ def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
         raise DataError(
             f"data of {folder} changed since the run began, so its order of samples would be another", got=", ".join(changed), cure="bring the old file back, or start a new run"
         )
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a step of the run was ever made. One that failed before, for want of a tokenizer say, leaves its name free."""
+    metrics = folder / "metrics.jsonl"
+    return any((folder / "stages").glob("*")) or any((folder / "resume").glob("step-*")) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _write(file: Path, text: str) -> None:

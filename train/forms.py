@@ -29,7 +29,8 @@ def sources_of(stage: StageSpec) -> tuple[str, ...]:
 
 
 def model_at(run: RunSpec, index: int) -> ModelSpec:
-    """The model's form in a stage: with the adaptations that have entered by then."""
+    """The model's form in a stage: with the adaptations that have entered by then, and a newline once a stage has cut pictures into tiles whose rows end in one."""
     names = list(run.stages)
     entered = {name: spec for name, spec in run.model.adapt.items() if names.index(spec.since or names[0]) <= index}
-    return replace(run.model, adapt=entered)
+    cut = [stage.images.tiling for stage in list(run.stages.values())[: index + 1]]
+    return replace(run.model, adapt=entered, newline=run.model.newline or any(tiling is not None and tiling.newline for tiling in cut))

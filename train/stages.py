@@ -76,7 +76,7 @@ class _Stage:
         tokenizer = load_tokenizer(run.model)
         self.spec = model_at(run, index)
         width = form(self.spec, 0).text_config.hidden_size
-        self.processor = VLMProcessor(self.spec, width, tokenizer, self.stage.prompt, self.stage.images.use, self.stage.images.official)
+        self.processor = VLMProcessor(self.spec, width, tokenizer, self.stage.prompt, self.stage.images.use, self.stage.images.official, self.stage.images.tiling)
         self.data = self._data(rank, ranks)
 
     def _data(self, rank: int, ranks: int) -> StepData:
@@ -110,6 +110,7 @@ class _Stage:
         torch.manual_seed(_seed(self.run.seed, self.index, self.rank + 1))
         if position is not None and found is not None:
             checkpoint.restore(found, engine, position, self.zero)
+            self.log.console.print(f"stage {self.name} goes on behind step {position.step} of {len(self.data)} ({found})")
         self._steps(engine, position.step if position else 0)
         self._save(model)
 
@@ -137,6 +138,8 @@ class _Stage:
             return first_model(self.spec, token, self.config, vocabulary)
         before = list(self.run.stages)[self.index - 1]
         model = saved_model(self.folder / "stages" / before, self.config)
+        if self.spec.newline:
+            model.add_newline()
         model.add_all({name: adaptation for name, adaptation in self.spec.adapt.items() if adaptation.since == self.name})
         return model
 

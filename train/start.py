@@ -55,6 +55,8 @@ def _differences(written: Any, spec: ModelSpec, wanted: Any) -> Iterator[str]:
     yield from _differing("model.encoder", _encoder(there.encoder), _encoder(spec.encoder))
     yield from _differing("model.connector", _connector(there.connector), _connector(spec.connector))
     yield from _differing("model.llm", _numbers(written.text_config), _numbers(wanted.text_config))
+    if there.newline and not spec.newline:
+        yield "model.newline (there, not in the first stage here)"
     for name, adaptation in there.adapt.items():
         if name not in spec.adapt:
             yield f"model.adapt.{name} (there, not in the first stage here)"
@@ -100,7 +102,9 @@ def started_model(start: str, spec: ModelSpec, image_token_id: int, zero: Mappin
     written = check_start(start, spec, image_token_id, vocabulary)
     folder: Path = model_folder(start)
     present = {name: adaptation for name, adaptation in spec.adapt.items() if name in written.adapt}
-    model = build(form(replace(spec, adapt=present), image_token_id, written.text_config.vocab_size), zero)
+    model = build(form(replace(spec, adapt=present, newline=written.newline), image_token_id, written.text_config.vocab_size), zero)
     load_tensors(model, read_tensors(folder), source=str(folder))
+    if spec.newline:
+        model.add_newline()
     model.add_all({name: adaptation for name, adaptation in spec.adapt.items() if name not in present})
     return model

@@ -42,6 +42,7 @@ def before(imports: Annotated[list[str] | None, typer.Option("--import", help="A
 Config = Annotated[str, typer.Argument(help="A name of configs/run, or the path of a YAML.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, such as data_root=/data stages.align.batch=64.")]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
+Columns = Annotated[str | None, typer.Option(help="Of Parquet and Arrow, our names for the file's: '{image: picture, question: prompt, answer: response}'.")]
 
 
 @app.command("train")
@@ -58,7 +59,12 @@ def train_command(
         raise typer.Exit(torchrun(nproc, sys.argv[1:]))
     import vlm
 
-    vlm.fit(vlm.compose(config, *(overrides or [])), resume=resume)
+    run = vlm.compose(config, *(overrides or []))
+    try:
+        vlm.fit(run, resume=resume)
+    except KeyboardInterrupt:
+        typer.secho(f"interrupted; go on with: vlm train {Path(run.runs) / run.name / 'config.yaml'} --resume", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.command("check")
@@ -241,14 +247,17 @@ def data_check_command(
     source: Annotated[str, typer.Argument(metavar="FILE", help="A file, a glob of the parts of a split, or a folder with a file or numbered parts per split.")],
     reader: Annotated[str | None, typer.Option(help="Default: told by the extension.")] = None,
     images: Annotated[Path | None, typer.Option(help="Where paths of pictures start; default: beside the file.")] = None,
+    columns: Columns = None,
     everything: Annotated[bool, typer.Option("--all", help="Read every picture's header, not the first 1,000.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every picture whole, as training does: files cut behind their header are found.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the report to this file too.")] = None,
 ) -> None:
     """Say what data hold and what is wrong with them; the exit code is 1 where something is. Example: vlm data check digits/train.json"""
-    from vlm.data.sources import sources_at
+    from vlm.data.sources import columns_of, sources_at
     from vlm.data.survey import survey_source, write_report
 
-    surveys = {split: survey_source(spec, everything=everything) for split, spec in sources_at(source, reader=reader, images=images).items()}
+    sources = sources_at(source, reader=reader, images=images, columns=None if columns is None else columns_of(columns))
+    surveys = {split: survey_source(spec, everything=everything, decode=decode) for split, spec in sources.items()}
     for found in surveys.values():
         found.print()
     if json is not None:
@@ -263,28 +272,33 @@ def convert_command(
     to: Annotated[str, typer.Option(help="llava, messages, sharegpt, parquet or tar.")] = "llava",
     reader: Annotated[str | None, typer.Option(help="Default: told by the extension.")] = None,
     images: Annotated[Path | None, typer.Option(help="Where paths of pictures start; default: beside the file.")] = None,
+    columns: Columns = None,
     group: Annotated[bool, typer.Option(help="Of Parquet sets with an image_id: all training questions about a picture become one sample.")] = True,
     per_shard: Annotated[int, typer.Option(help="Samples per tar shard.")] = 1000,
 ) -> None:
     """Turn data of any format into another; pictures keep their bytes. Example: vlm data convert sets/digits_strips digits --to tar"""
     from vlm.data.convert import convert_data
+    from vlm.data.sources import columns_of
 
-    for split, written in convert_data(source, out, to, reader=reader, images=images, group=group, per_shard=per_shard).items():
+    named = None if columns is None else columns_of(columns)
+    for split, written in convert_data(source, out, to, reader=reader, images=images, columns=named, group=group, per_shard=per_shard).items():
         for warning in written.warnings:
             typer.secho(f"{split}: {warning}", fg="yellow", err=True)
-        typer.echo(f'{split}: {written.samples:,} samples, {written.answers:,} answers, {written.pictures:,} pictures; {{reader: {written.reader}, file: "{out / written.file}"}}')
+        counted = f"{split}: {written.samples:,} samples, {written.answers:,} answers, {written.pictures:,} pictures"
+        typer.echo(f'{counted}; {{reader: {written.reader}, file: "{out / written.file}", images: "{out}"}}')
 
 
 @data.command("tokenizer")
 def tokenizer_command(
     source: Annotated[str, typer.Argument(help="A file, a glob of the parts of a split, or a folder; all its splits are read.")],
     out: Path,
+    columns: Columns = None,
     size: Annotated[int, typer.Option(help="Tokens, at most.")] = 512,
 ) -> None:
     """Make a small tokenizer of data's own text. Example: vlm data tokenizer digits/train.json digits/tokenizer"""
-    from vlm.data.sources import sources_at
+    from vlm.data.sources import columns_of, sources_at
     from vlm.data.tokenizer import write_tokenizer
 
-    readers = [spec.open() for spec in sources_at(source).values()]
+    readers = [spec.open() for spec in sources_at(source, columns=None if columns is None else columns_of(columns)).values()]
     length = write_tokenizer(out, (turn.text for reader in readers for index in range(len(reader)) for turn in reader[index].turns), size)
     typer.echo(f"{out}: {length} tokens")

@@ -50,6 +50,7 @@ def compose(schema: type[T], config: str | Path, overrides: Sequence[str] = (), 
         for override in overrides:
             tree = layers.override(root, tree, override)
         layers.spread(root, tree)
+        layers.refuse_idle(overrides)
         _interpolate(root, tree, report)
         built = build(root, tree, (), report)
     if report.problems and layers.withheld:
@@ -100,12 +101,13 @@ class _Source:
 
 @dataclass
 class _Layers:
-    """Reads and merges. withheld: `import:` entries that were not followed."""
+    """Reads and merges. withheld: `import:` entries that were not followed. idle: `every_stage` -> what each stage says itself."""
 
     configs: Path
     report: Report
     allow_import: bool
     withheld: list[str] = field(default_factory=list)
+    idle: dict[str, dict[str, Mapping[Any, Any]]] = field(default_factory=dict)
 
     def merge(self, slot: Slot, below: Any, above: Any, source: _Source | None, path: Keys) -> Any:
         """`above` laid on `below`, its names expanded first. source: None where that is done."""
@@ -227,12 +229,25 @@ class _Layers:
         for name, slot in root.fields({}).items():
             every = tree.pop(slot.every, None) if slot.every else None
             stages = tree.get(name)
+            if slot.every and isinstance(stages, dict):
+                self.idle[slot.every] = {stage: dict(content) for stage, content in stages.items() if isinstance(content, Mapping)}
             if not isinstance(every, Mapping) or not isinstance(stages, dict):
                 continue
             for stage, content in stages.items():
                 if isinstance(content, Mapping):
                     self._lift(every, content, (name, stage), (str(slot.every),))
                     stages[stage] = self.merge(slot.entry(stage), dict(every), dict(content), None, (name, stage))
+
+    def refuse_idle(self, overrides: Sequence[str]) -> None:
+        """An override of `every_stage` that no stage takes, because each has a value of its own, would do nothing without a word."""
+        for keys in (tuple(override.partition("=")[0].strip().split(".")) for override in overrides):
+            if keys[0] not in self.idle or len(keys) < 2:
+                continue
+            stages = self.idle[keys[0]]
+            if stages and all(_has(stage, keys[1:]) for stage in stages.values()):
+                cure = f"override {' and '.join('.'.join(('stages', name, *keys[1:])) for name in stages)}"
+                self.report.origins[keys] = "command line"
+                self.report.add(keys, "this override changes nothing: every stage has a value of its own", cure=cure)
 
     def _lift(self, every: Mapping[str, Any], stage: Mapping[str, Any], path: Keys, written: Keys) -> None:
         """Remember what a stage has from `every_stage`, so that a problem is reported where it can be mended, and once."""
@@ -241,6 +256,16 @@ class _Layers:
                 self.report.lifted[*path, key] = (*written, key)
             elif isinstance(value, Mapping) and isinstance(stage[key], Mapping):
                 self._lift(value, stage[key], (*path, key), (*written, key))
+
+
+def _has(content: Any, keys: Keys) -> bool:
+    for key in keys:
+        if not isinstance(content, Mapping):
+            return True  # a bare name or number stands for the whole mapping
+        if key not in content:
+            return False
+        content = content[key]
+    return True
 
 
 def _one_line(error: Exception) -> str:

@@ -1,14 +1,16 @@
 """Schema of a model: which encoder, connector, decoder and adaptations. Composition fills it; a checkpoint's config.json carries it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlm.connectors.base import ConnectorSpec, Link
-from vlm.encoders.base import EncoderSpec
+from vlm.encoders.base import EncoderSpec, Mode
+from vlm.features import TokenLayout
 from vlm.llm.base import AdaptationSpec
+from vlm.tiles import Tiling
 
-__all__ = ["LLMSpec", "ModelSpec", "links", "picture_tokens", "typical_size"]
+__all__ = ["LLMSpec", "ModelSpec", "links", "picture_tokens", "typical_size", "whole_layout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,16 @@ class LLMSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One model. `adapt`: adaptation name -> its Spec, in the order of DESIGN section 3."""
+    """One model. `adapt`: adaptation name -> its Spec, in the order of DESIGN section 3.
+
+    newline: whether it has the learned token that ends a row of tiles (tiles.py). A run gives it one from the first stage on whose pictures are cut so.
+    """
 
     encoder: EncoderSpec = field(metadata={"group": "encoder", "registry": "vlm.encoders"})
     connector: ConnectorSpec = field(metadata={"group": "connector", "registry": "vlm.connectors"})
     llm: LLMSpec = field(metadata={"group": "llm"})
     adapt: Mapping[str, AdaptationSpec] = field(default_factory=dict, metadata={"group": "adapt", "registry": "vlm.llm"})
+    newline: bool = False
 
 
 def links(encoder: EncoderSpec, connector: ConnectorSpec, width: int) -> list[tuple[ConnectorSpec, Link]]:
@@ -56,16 +62,22 @@ def typical_size(encoder: EncoderSpec) -> tuple[int, int]:
     return side, side
 
 
-def picture_tokens(model: ModelSpec, width: int, policy: str) -> tuple[int, bool]:
-    """Tokens that a picture of the encoder's own size becomes, and whether every picture becomes as many. width: the decoder's. policy: of the stage."""
+def whole_layout(encoder: EncoderSpec, chain: Sequence[tuple[ConnectorSpec, Link]], size: tuple[int, int], mode: Mode) -> TokenLayout:
+    """Tokens behind the chain of connectors of a picture that is read whole. size: width and height."""
+    layouts = encoder.layout(*size, mode)
+    for spec, _ in chain:
+        layouts = {"image": spec.layout(layouts)}
+    return next(iter(layouts.values()))
+
+
+def picture_tokens(model: ModelSpec, width: int, policy: str, tiling: Tiling | None = None) -> tuple[int, bool]:
+    """Tokens that a picture of the encoder's own size becomes, and whether every picture becomes as many. width: the decoder's. policy, tiling: of the stage."""
     side, _ = typical_size(model.encoder)
+    chain = links(model.encoder, model.connector, width)
+    if tiling is not None:
+        return tiling.plan(side, side, side, whole_layout(model.encoder, chain, (side, side), "train")).layout.count, False
     sizes = [(side, side)]
     if policy not in ("crop", "squash"):
         sizes += [(2 * side, 2 * side)] if policy == "pad" else [(2 * side, 2 * side), (side, 3 * side), (3 * side, side)]
-    counts = []
-    for size in sizes:
-        layouts = model.encoder.layout(*size, "train")
-        for spec, _ in links(model.encoder, model.connector, width):
-            layouts = {"image": spec.layout(layouts)}
-        counts.append(next(iter(layouts.values())).count)
+    counts = [whole_layout(model.encoder, chain, size, "train").count for size in sizes]
     return counts[0], len(set(counts)) == 1

@@ -27,6 +27,7 @@ class VLMConfig(PreTrainedConfig):
         adapt: Mapping[str, Any] | None = None,
         text_config: Any = None,
         image_token_id: int | None = None,
+        newline: bool = False,
         **kwargs: Any,
     ):
         self.encoder, self.connector, self.adapt = dict(encoder or {}), dict(connector or {}), dict(adapt or {})
@@ -34,6 +35,7 @@ class VLMConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
         self.image_token_id = image_token_id
+        self.newline = newline
         kwargs.setdefault("tie_word_embeddings", False)  # the decoder ties its own
         super().__init__(**kwargs)
 
@@ -47,6 +49,7 @@ class VLMConfig(PreTrainedConfig):
             adapt=adapt,
             text_config=text_config,
             image_token_id=image_token_id,
+            newline=model.newline,
         )
 
     def spec(self) -> ModelSpec:
@@ -58,6 +61,7 @@ class VLMConfig(PreTrainedConfig):
             connector=from_plain(connectors.registry, self.connector),
             llm=LLMSpec(config=self.text_config.to_dict()),
             adapt={name: from_plain(llm.registry, {"use": name, **part}) for name, part in self.adapt.items()},
+            newline=self.newline,
         )
 
 

@@ -1,13 +1,13 @@
 """What travels between encoder and decoder: packed features of pictures of any size, and the layouts that count them before they exist."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["EXTRA", "PATCH", "SEPARATOR", "SUMMARY", "Features", "ImageInput", "Layouts", "Level", "Stream", "TokenLayout"]
+__all__ = ["EXTRA", "PATCH", "SEPARATOR", "SUMMARY", "Cut", "Features", "ImageInput", "Layouts", "Level", "Stream", "TokenLayout"]
 
 SUMMARY, PATCH, SEPARATOR, EXTRA = "summary", "patch", "separator", "extra"
 
@@ -44,19 +44,59 @@ Layouts = Mapping[str, TokenLayout]
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a picture is cut into square tiles, and which of their tokens it becomes; pairs are (rows, columns). `Tiling.plan` of tiles.py makes it from the picture's size.
+
+    size: pixels of a tile's side. tiles: how many. tile: tokens of one. trim: tokens dropped at top and at bottom, at left and at right. grid: tokens that stay; fewer than the trimming
+    leaves, where the map is shrunk. thumbnail: the whole picture, squashed to one tile, comes first. newline: a learned token ends each row of the grid.
+    """
+
+    size: int
+    tiles: tuple[int, int]
+    tile: tuple[int, int]
+    trim: tuple[int, int]
+    grid: tuple[int, int]
+    thumbnail: bool
+    newline: bool
+
+    @property
+    def pieces(self) -> int:
+        """Pictures that the encoder reads: the thumbnail and the tiles."""
+        return self.tiles[0] * self.tiles[1] + self.thumbnail
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The thumbnail's tokens are the picture's summary, the rows and columns those of the tiles."""
+        rows, columns = self.grid
+        summary = (SUMMARY,) * (self.tile[0] * self.tile[1] * self.thumbnail)
+        return TokenLayout(summary + ((PATCH,) * columns + (SEPARATOR,) * self.newline) * rows, rows, columns)
+
+
+@dataclass(frozen=True)
 class ImageInput:
-    """One preprocessed picture: named views (C, H, W) float32 as its encoder reads them, and the layout of the tokens that will come of it (after the connectors)."""
+    """One preprocessed picture: named views (C, H, W) float32 as its encoder reads them, and the layout of the tokens that will come of it (after the connectors).
+
+    cut: of a picture that is read in pieces; its views hold one after another, (pieces, C, H, W).
+    """
 
     views: Mapping[str, Tensor]
     width: int
     height: int
     layout: TokenLayout
+    cut: Cut | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "ImageInput":
-        return ImageInput({name: view.to(device, dtype, non_blocking=True) for name, view in self.views.items()}, self.width, self.height, self.layout)
+        return replace(self, views={name: view.to(device, dtype, non_blocking=True) for name, view in self.views.items()})
 
     def pin_memory(self) -> "ImageInput":
-        return ImageInput({name: view.pin_memory() for name, view in self.views.items()}, self.width, self.height, self.layout)
+        return replace(self, views={name: view.pin_memory() for name, view in self.views.items()})
+
+    def pieces(self) -> list["ImageInput"]:
+        """The pictures that the encoder reads: itself, or the pieces that it was cut into."""
+        if self.cut is None:
+            return [self]
+        layout = TokenLayout.grid(*self.cut.tile)
+        return [ImageInput({name: view[index] for name, view in self.views.items()}, self.cut.size, self.cut.size, layout) for index in range(self.cut.pieces)]
 
 
 class Stream(NamedTuple):

@@ -22,7 +22,7 @@ __all__ = ["LIMITS", "POLICIES", "Limits", "apply_policy", "crop_to", "mean_colo
 
 T = TypeVar("T")
 
-POLICIES = ("native", "crop", "pad", "squash")
+POLICIES = ("native", "crop", "pad", "squash", "anyres")
 
 # Raster formats that decode from memory alone; MPO (two-lens photos) comes in through JPEG. EPS is left out: Pillow starts Ghostscript for it.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -150,6 +150,7 @@ def apply_policy(name: str, image: Image.Image, mean: Sequence[float] | None, si
 
     native: untouched, the encoder does what it does. crop: shortest edge to `size`, centre size x size (the sides are lost; LLaVA's stage 1).
     pad: to a square with the encoder's mean colour (LLaVA's stage 2 and inference). squash: size x size, the shape is lost.
+    anyres: untouched here, tiles.py cuts it into several of the encoder's size.
 
     Args:
         mean, size: the encoder's; None where it has none. official: see `crop_to`.
@@ -167,6 +168,9 @@ def apply_policy(name: str, image: Image.Image, mean: Sequence[float] | None, si
         case "squash":
             side = _needed(name, "size", size)
             return resize(image, side, side)
+        case "anyres":
+            _needed(name, "size", size)
+            return image
     near = get_close_matches(name, POLICIES, 1)
     raise ConfigurationError(f"no picture policy is called {name!r}", expected=f"one of {', '.join(POLICIES)}", cure=f"did you mean {near[0]!r}?" if near else None)
 

@@ -161,13 +161,15 @@ def first_model(spec: ModelSpec, image_token_id: int, zero: Mapping[str, Any] | 
     from vlm.llm.decoder import file_key
 
     model = build(form(replace(spec, adapt={}), image_token_id, vocabulary), zero)
-    _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key)
+    _first_values(model.encoder, spec.encoder.path, spec.encoder.weights, model.encoder.initialise, model.encoder.weights_key, read=model.encoder.tensors)
     for part, (link, _) in zip(model.parts(), links(spec.encoder, spec.connector, model.config.text_config.hidden_size), strict=True):
         if link.path is not None:
             load_connector(part, link.use, link.path)
         else:
             first_values(part, partial(part.initialise, model.encoder), reads=model.encoder)
     _first_values(model.llm, spec.llm.path, spec.llm.weights, lambda: draw(model.llm), partial(file_key, model.llm), tables(model))
+    if model.newline is not None:
+        first_values(model.newline, model.newline.reset_parameters)
     read_generation(model, spec.llm)
     model.add_all(spec.adapt)
     return model
@@ -204,13 +206,21 @@ def read_generation(model: "VLM", llm: LLMSpec) -> None:
     model.generation_config._from_model_config = False
 
 
-def _first_values(module: nn.Module, path: str | None, weights: str, drawing: Callable[[], None], key: Callable[[str], str | None], grow: Iterable[str] = ()) -> None:
+def _first_values(
+    module: nn.Module,
+    path: str | None,
+    weights: str,
+    drawing: Callable[[], None],
+    key: Callable[[str], str | None],
+    grow: Iterable[str] = (),
+    read: Callable[[Path], Iterable[tuple[str, Tensor]]] = read_tensors,
+) -> None:
     if weights == "random":
         first_values(module, drawing)
         return
     if path is None:
         raise ConfigurationError("first weights are wanted, but no path is given", cure="set path to a folder with weights, or weights: random")
-    load_tensors(module, read_tensors(find_folder(path)), source=path, key=key, grow=grow)
+    load_tensors(module, read(find_folder(path)), source=path, key=key, grow=grow)
 
 
 def saved_model(folder: Path, zero: Mapping[str, Any] | None = None) -> "VLM":

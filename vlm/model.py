@@ -1,12 +1,13 @@
-"""The model: encoder -> connector -> splice -> decoder -> loss."""
+"""The model: encoder -> connector -> tiles -> splice -> decoder -> loss."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vlm.composition import to_plain
@@ -16,12 +17,13 @@ from vlm.connectors.base import Connector
 from vlm.encoders.base import Encoder
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.features import Features, ImageInput
-from vlm.initial import gathered
+from vlm.initial import first_values, gathered
 from vlm.llm import decoder as decoders
 from vlm.llm.base import AdaptationSpec, beside, check_claims, check_order
 from vlm.llm.context import Auxiliary, Keys, TokenContext
 from vlm.llm.head import finish_logits
 from vlm.splice import put_features, type_from_ids
+from vlm.tiles import Newline, assemble
 
 __all__ = ["VLM", "VLMOutput"]
 
@@ -49,7 +51,7 @@ class VLMOutput(ModelOutput):
 
 
 class VLM(PreTrainedModel, GenerationMixin):
-    """A vision-language model of exchangeable parts. Parameters live under `encoder.`, `connector.NAME.` (in the order of the chain) and `llm.`."""
+    """A vision-language model of exchangeable parts. Parameters live under `encoder.`, `connector.NAME.` (in the order of the chain), `newline.` (where it has one) and `llm.`."""
 
     config_class = VLMConfig
     base_model_prefix = ""
@@ -70,6 +72,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         for adaptation in decoders.in_order(list(spec.adapt.values())):
             adaptation.build(self.part(adaptation), decoders.scope(self.llm))
             adaptation.release(self.part(adaptation))
+        self.newline = Newline(config.text_config.hidden_size) if spec.newline else None  # last, as in a model that it is added to: the optimizer goes by order
         self.name_tied()
         self.post_init()
 
@@ -80,10 +83,10 @@ class VLM(PreTrainedModel, GenerationMixin):
         images = [image.to(self.device, self.dtype) for image in images]
         trained = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            features = self.encoder(images, self.reads)
+            features = self.encoder([piece for image in images for piece in image.pieces()], self.reads)
         for part in self.parts():
             features = part(features)
-        return features
+        return (self.newline or assemble)(features, [image.cut for image in images])
 
     def parts(self) -> list[Connector]:
         """The links of the connector chain, in order."""
@@ -228,6 +231,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         Pictures are encoded once, so beams and sampling repeat embeddings, not pictures. Without a cache (use_cache=False) every step sees ids and pictures again.
         """
         assert input_ids is not None
+        kwargs |= self._never_said(kwargs)
         types = kwargs.pop("mm_token_type_ids", None)
         types = type_from_ids(input_ids, self.config.image_token_id) if types is None else types
         mask = kwargs.pop("attention_mask", None)
@@ -237,6 +241,16 @@ class VLM(PreTrainedModel, GenerationMixin):
             whole = GenerationMixin.generate(cast(Any, self), input_ids=input_ids, images=images, **common)  # type: ignore[attr-defined]
             return whole[:, input_ids.shape[1] :] if isinstance(whole, Tensor) else whole
         return GenerationMixin.generate(cast(Any, self), inputs_embeds=self.embed(input_ids, types == 1, images), **common)  # type: ignore[attr-defined]
+
+    def _never_said(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`suppress_tokens` as a mask made once: transformers looks the ids up in every step, and there are thousands of a padded vocabulary."""
+        settings = copy.copy(kwargs.get("generation_config") or self.generation_config)
+        named, settings.suppress_tokens = kwargs.pop("suppress_tokens", None) or settings.suppress_tokens, None
+        if not named:
+            return {}
+        mask = torch.zeros(self.config.text_config.vocab_size, dtype=torch.bool)
+        mask[list(named)] = True
+        return {"generation_config": settings, "logits_processor": LogitsProcessorList([_Never(mask.to(self.device)), *(kwargs.get("logits_processor") or ())])}
 
     # ---- what transformers asks of a model -----------------------------------------------------------------------------
 
@@ -278,6 +292,14 @@ class VLM(PreTrainedModel, GenerationMixin):
         self.spec = self.config.spec()
         self.name_tied()
 
+    def add_newline(self) -> None:
+        """Give a model whose weights are loaded the token that ends a row of tiles, where it has none."""
+        if self.newline is None:
+            self.newline = Newline(self.config.text_config.hidden_size).to(self.device, self.dtype)
+            first_values(self.newline, self.newline.reset_parameters)
+            self.config.newline = True
+            self.spec = self.config.spec()
+
     def add_all(self, adaptations: Mapping[str, AdaptationSpec]) -> None:
         """Add several, in the order in which a checkpoint's model is built."""
         for name, adaptation in sorted(adaptations.items(), key=lambda item: item[1].place):
@@ -287,7 +309,8 @@ class VLM(PreTrainedModel, GenerationMixin):
         """Every parameter of the model under one path: encoder..., connector.NAME..., llm...."""
         own: dict[str, dict[str, list[nn.Parameter]]] = {
             "encoder": self.encoder.groups(),
-            "connector": {f"{name}.{path}".rstrip("."): found for name, link in zip(self.connector, self.parts(), strict=True) for path, found in link.groups().items()},
+            "connector": {f"{name}.{path}".rstrip("."): found for name, link in zip(self.connector, self.parts(), strict=True) for path, found in link.groups().items()}
+            | ({"newline": list(self.newline.parameters())} if self.newline is not None else {}),
             "llm": decoders.groups(self.llm),
         }
         adaptations = decoders.in_order(list(self.spec.adapt.values()))
@@ -314,6 +337,16 @@ class VLM(PreTrainedModel, GenerationMixin):
                 cure="load them into the model that its config.json describes",
             )
         return (model, info) if wanted else model
+
+
+class _Never(LogitsProcessor):
+    """Tokens that are not generated. mask: (V,) bool."""
+
+    def __init__(self, mask: Tensor):
+        self.mask = mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        return scores.masked_fill(self.mask, -torch.inf)
 
 
 def link_name(index: int, use: str) -> str:

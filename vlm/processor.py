@@ -12,14 +12,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vlm.config import ModelSpec, links, picture_tokens, typical_size
-from vlm.data.sample import Picture, Sample, Turn
+from vlm.config import ModelSpec, links, picture_tokens, typical_size, whole_layout
+from vlm.data.sample import Picture, Sample, Turn, held
 from vlm.encoders.base import Mode
 from vlm.errors import CheckpointError, DataError
-from vlm.features import ImageInput, TokenLayout
+from vlm.features import Cut, ImageInput, TokenLayout
 from vlm.images import LIMITS, apply_policy, open_picture, upright_size
 from vlm.llm.context import TEXT, VISION
 from vlm.prompt import GIVEN_UP, PICTURE, Encoded, Prompt, PromptSpec
+from vlm.tiles import Tiling, tiled
 from vlm.weights.files import find_folder
 
 __all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "load_tokenizer", "pictures_in_front", "placeholder_id"]
@@ -41,11 +42,15 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
     place = model.llm.tokenizer or model.llm.path
     if place is None:
         raise CheckpointError("the decoder has no tokenizer", cure="give llm.tokenizer or llm.path")
-    folder = find_folder(place)
+    cure = "give llm.tokenizer a folder with tokenizer.json; for a decoder with weights: random, `vlm data tokenizer SRC OUT` makes one"
+    try:
+        folder = find_folder(place)
+    except CheckpointError as problem:
+        raise CheckpointError(f"no tokenizer at {place!r}", got=problem.got, cure=cure) from problem
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as problem:
-        raise CheckpointError(f"no tokenizer in {folder}: {problem}", cure="give llm.tokenizer a folder with tokenizer.json") from problem
+        raise CheckpointError(f"no tokenizer in {folder}: {problem}", cure=cure) from problem
     placeholder_id(tokenizer)
     return tokenizer
 
@@ -111,42 +116,57 @@ class VLMProcessor:
 
     Args:
         model: the parts' Specs. width: the decoder's hidden size. tokenizer: with the placeholder token in it. prompt, policy: of the stage.
+        tiling: how policy `anyres` cuts; default: as LLaVA-NeXT does.
     """
 
-    def __init__(self, model: ModelSpec, width: int, tokenizer: PreTrainedTokenizerBase, prompt: PromptSpec, policy: str = "native", official_pictures: bool = False):
+    def __init__(
+        self,
+        model: ModelSpec,
+        width: int,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: PromptSpec,
+        policy: str = "native",
+        official_pictures: bool = False,
+        tiling: Tiling | None = None,
+    ):
         self.model, self.tokenizer = model, tokenizer
         self.width = width
         self.image_token_id = placeholder_id(tokenizer)
         self.prompt = Prompt(prompt, tokenizer)
         self.policy, self.official_pictures = policy, official_pictures
+        self.tiling = (tiling or Tiling(official=official_pictures)) if policy == "anyres" else None
         self._chain = links(model.encoder, model.connector, width)
-        self._every_picture = typical_size(model.encoder) if picture_tokens(model, width, policy)[1] else None
+        self._every_picture = typical_size(model.encoder) if picture_tokens(model, width, policy, self.tiling)[1] else None
 
     # ---- pictures ------------------------------------------------------------------------------------------------------
 
     def layout(self, width: int, height: int, mode: Mode = "infer") -> TokenLayout:
         """Tokens that a picture of this size becomes, behind all connectors."""
-        width, height = self._policy_size(width, height)
-        layouts = self.model.encoder.layout(width, height, mode)
-        for spec, _ in self._chain:
-            layouts = {"image": spec.layout(layouts)}
-        return next(iter(layouts.values()))
+        cut = self._cut_into_tiles(width, height, mode)
+        return cut.layout if cut is not None else whole_layout(self.model.encoder, self._chain, self._policy_size(width, height), mode)
 
     def see(self, picture: Picture | Image.Image | bytes | str | Path, mode: Mode = "infer", where: str = "") -> ImageInput:
         """A picture, from wherever, as its encoder reads it."""
         if isinstance(picture, Image.Image):
-            image = picture.convert("RGB")
-        else:
-            image = open_picture(_bytes(picture, where), where=where, official=self.official_pictures)
+            picture = held(picture, where or "picture given as an image")
+        image = open_picture(_bytes(picture, where), where=where, official=self.official_pictures)
         size = image.size
         encoder = self.model.encoder
         image = apply_policy(self.policy, image, mean=getattr(encoder, "mean", None), size=getattr(encoder, "size", None), official=self.official_pictures)
-        return ImageInput(encoder.preprocess(image, mode), *size, self.layout(*size, mode))
+        cut = self._cut_into_tiles(*size, mode)
+        views = encoder.preprocess(image, mode) if cut is None else tiled(encoder, image, cut, mode)
+        return ImageInput(views, *size, self.layout(*size, mode), cut)
 
     def sketch(self, picture: Picture, mode: Mode = "infer", where: str = "") -> ImageInput:
         """A picture without pixels: its size, from the file's header, and its layout. Where all pictures have one layout nothing is opened, and the size is the encoder's own."""
         size = self._every_picture or upright_size(_bytes(picture, where), where=where)
         return ImageInput({}, *size, self.layout(*size, mode))
+
+    def _cut_into_tiles(self, width: int, height: int, mode: Mode) -> Cut | None:
+        if self.tiling is None:
+            return None
+        side, _ = typical_size(self.model.encoder)
+        return self.tiling.plan(width, height, side, whole_layout(self.model.encoder, self._chain, (side, side), mode))
 
     def _policy_size(self, width: int, height: int) -> tuple[int, int]:
         if self.policy == "pad":
@@ -313,7 +333,8 @@ class VLMProcessor:
         own, self.tokenizer.chat_template = self.tokenizer.chat_template, self.prompt.template.chat
         self.tokenizer.save_pretrained(folder)
         self.tokenizer.chat_template = own
-        settings = _Settings(prompt=asdict(self.prompt.spec), policy={"use": self.policy, "official": self.official_pictures})
+        policy = {"use": self.policy, "official": self.official_pictures} | ({"tiling": asdict(self.tiling)} if self.tiling is not None else {})
+        settings = _Settings(prompt=asdict(self.prompt.spec), policy=policy)
         (folder / "vlm_processor.json").write_text(json.dumps(asdict(settings), indent=2), encoding="utf-8")
 
     @classmethod
@@ -328,7 +349,9 @@ class VLMProcessor:
         settings = json.loads(file.read_text(encoding="utf-8"))
         config = VLMConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(config.spec(), config.text_config.hidden_size, tokenizer, PromptSpec(**settings["prompt"]), settings["policy"]["use"], settings["policy"]["official"])
+        policy = settings["policy"]
+        tiling = Tiling.of(policy["tiling"]) if "tiling" in policy else None
+        return cls(config.spec(), config.text_config.hidden_size, tokenizer, PromptSpec(**settings["prompt"]), policy["use"], policy["official"], tiling)
 
 
 def _where(sample: Sample) -> str:

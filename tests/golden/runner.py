@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.golden import arcana
+from tests.golden import anyres, arcana, dsvl, dsvl_model
 from tests.golden.case import Case
 from tests.golden.compare import Aliases, differences
 
@@ -37,18 +37,28 @@ class NotBuilt:
 _BUILT = {
     "arcana_image": Row(arcana.image, frozenset({"_processor_class"}), arcana.tolerance_names),
     "arcana_prompt": Row(arcana.prompt, aliases=arcana.tolerance_names),
+    "dsvl_aligner": Row(dsvl.aligner, frozenset({"class"})),
+    "dsvl_hybrid": Row(dsvl.hybrid, dsvl.IDLE | {"class"}),
+    "dsvl_model": Row(dsvl_model.model, dsvl.IDLE | {"class"}),
+    "dsvl_native": Row(dsvl_model.native, dsvl.IDLE | {"class", "freeze_high", "freeze_low"}),
+    "dsvl_pixels": Row(dsvl.pixels),
+    "dsvl_sam": Row(dsvl.sam, frozenset({"class"})),
+    "dsvl_siglip": Row(dsvl.siglip, dsvl.IDLE | {"class"}),
+    "pmod_anyres_counts": Row(anyres.counts),
+    "pmod_anyres_features": Row(anyres.tokens),
+    "pmod_anyres_max": Row(anyres.tokens),
+    "pmod_anyres_pixels": Row(anyres.pixels, frozenset({"image_processor_type"})),
 }
 
 _NOT_BUILT = {
     "QLadder": ("arcana_qladder",),
     "MM-LoRA": ("arcana_mmlora",),
     "Arcana": ("arcana_model",),
-    "DeepSeek-VL": ("dsvl_aligner", "dsvl_chat", "dsvl_hybrid", "dsvl_model", "dsvl_native", "dsvl_pixels", "dsvl_sam", "dsvl_siglip"),
+    "DeepSeek-VL's template": ("dsvl_chat",),
     "EVE v1": ("eve_v1_align", "eve_v1_data", "eve_v1_model", "eve_v1_patch", "eve_v1_pixels", "eve_v1_pixels_sizes"),
     "EVE v2": ("eve_v2_data", "eve_v2_embed", "eve_v2_layer", "eve_v2_model", "eve_v2_pixels", "eve_v2_pixels_sizes"),
     "mixture of experts": ("moe_block", "moe_convert", "moe_gate", "moe_layer", "moe_model", "moe_upcycle", "moe_upcycle_deepspeed_files", "moe_upcycle_modes"),
     "Mixture-of-Depths": ("pmod_decode", "pmod_layer", "pmod_llava", "pmod_model", "pmod_schedule"),
-    "any resolution": ("pmod_anyres_counts", "pmod_anyres_features", "pmod_anyres_max", "pmod_anyres_pixels"),
 }
 
 TABLE: dict[str, Row | NotBuilt] = {**_BUILT, **{prefix: NotBuilt(f"{subject} is not built yet") for subject, prefixes in _NOT_BUILT.items() for prefix in prefixes}}

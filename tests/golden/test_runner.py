@@ -124,7 +124,8 @@ def test_folders_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(AssertionError, match="no cases in"):
         folders()
     (tmp_path / "arcana_other").mkdir()
-    assert [folder.name for folder in folders()] == ["arcana_image", "arcana_prompt", "arcana_other"]
+    copied = sorted(folder.name for folder in (Path(__file__).parent / "cases").iterdir())
+    assert [folder.name for folder in folders()] == [*copied, "arcana_other"]
     monkeypatch.setenv("VLM_GOLDEN", str(tmp_path / "missing"))
     with pytest.raises(FileNotFoundError):
         folders()

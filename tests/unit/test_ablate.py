@@ -255,3 +255,8 @@ def test_what_makes_settings_hard_to_compare_is_said(root: Path, tmp_path: Path)
     assert [note.split()[0] for note in found.notes] == ["one", "the"] and "asked in the same way" in found.notes[1]
     found.scores = {name: {**shares(0.1), "other": shares(0.1, protocol="q")["heldout"]} for name in "ab"}  # sources have protocols of their own
     assert [note.split()[0] for note in found.notes] == ["one"]
+
+
+def test_settings_that_are_one_run_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="are the same run"):
+        plan("llava_tiny", [f"data_root={root}", f"runs={tmp_path}"], ["stages.align.steps=4,0x4"], 1)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 import yaml
 
+import vlm
 from vlm.composition import CONFIGS, ConfigurationProblems, compose, from_plain, import_parts, resolved, to_plain
 from vlm.errors import ConfigurationError
 from vlm.registry import Registry
@@ -741,3 +742,12 @@ class TestShipped:
             head = [line for line in path.read_text().splitlines()[:5] if line.startswith("#")]
             assert any("vlm " in line for line in head), path
             assert any("Source:" in line for line in head), path
+
+
+def test_an_override_of_every_stage_that_no_stage_takes_is_refused() -> None:
+    """Each stage of llava_tiny names its prompt."""
+    with pytest.raises(
+        ConfigurationProblems, match=r"(?s)every_stage\.prompt \(command line\): this override changes nothing.*override stages\.align\.prompt and stages\.instruct\.prompt"
+    ):
+        vlm.compose("llava_tiny", "every_stage.prompt=vicuna_v1")
+    assert vlm.compose("llava_tiny", "every_stage.steps=3").stages["align"].steps == 3

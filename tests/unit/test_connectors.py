@@ -2,7 +2,7 @@
 
 import pickle
 import random
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from vlm import connectors
 from vlm.config import LLMSpec, ModelSpec, links
 from vlm.connectors.base import ConnectorSpec, Link
+from vlm.connectors.hybrid_mlp import HybridMLPSpec
+from vlm.connectors.identity import IdentitySpec
 from vlm.connectors.linear import LinearSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.encoders.base import Encoder, EncoderSpec
 from vlm.encoders.clip import CLIPSpec
+from vlm.encoders.hybrid import HybridSpec
 from vlm.encoders.siglip import SigLIPSpec
 from vlm.errors import ConfigurationError
 from vlm.features import Features, ImageInput, TokenLayout
 from vlm.loading import first_model
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"linear": {}, "mlp": {}}
+ARGUMENTS: dict[str, dict[str, Any]] = {"linear": {}, "mlp": {}, "identity": {}, "hybrid_mlp": {}}
 """What a registered connector needs; one that is not listed is built with its defaults."""
 CHAINS: dict[str, ConnectorSpec] = {
     "linear, mlp": LinearSpec(hidden=20, then=MLPSpec()),
@@ -30,13 +33,20 @@ CHAINS: dict[str, ConnectorSpec] = {
     "final": MLPSpec(level="final"),
     "mlp of 1": MLPSpec(depth=1),
     "mlp of 4": MLPSpec(depth=4, hidden=40, level=0),
+    "identity, mlp": IdentitySpec(then=MLPSpec()),
+    "mlp, identity": MLPSpec(hidden=32, then=IdentitySpec()),
+    "hybrid_mlp of 1": HybridMLPSpec(depth=1, level=-2),
+    "hybrid_mlp of 3, linear": HybridMLPSpec(depth=3, hidden=20, then=LinearSpec()),
 }
 WIDTH = 32
 
 
-@pytest.fixture(params=["clip", "siglip"], scope="module")
+@pytest.fixture(params=["clip", "siglip", "hybrid"], scope="module")
 def tower(request: pytest.FixtureRequest) -> tuple[EncoderSpec, Encoder]:
-    spec = {"clip": CLIPSpec, "siglip": SigLIPSpec}[request.param](config=tiny.tower_config(request.param), weights="random")
+    if request.param == "hybrid":
+        spec: EncoderSpec = HybridSpec(**tiny.hybrid_arguments("clip"))
+    else:
+        spec = {"clip": CLIPSpec, "siglip": SigLIPSpec}[request.param](config=tiny.tower_config(request.param), weights="random")
     torch.manual_seed(0)
     built = spec.build()
     built.initialise()
@@ -70,6 +80,8 @@ class Chain(nn.Module):
 
 @pytest.fixture
 def chain(spec: ConnectorSpec, tower: tuple[EncoderSpec, Encoder]) -> Chain:
+    if len(tower[0].streams) > 1 and spec.use != "hybrid_mlp":
+        spec = replace(spec, stream="low")
     try:
         made = Chain(spec, tower[0])
     except ConfigurationError as problem:
@@ -199,6 +211,14 @@ def test_widths_between_links_must_be_named() -> None:
             links(CLIPSpec(config=tiny.tower_config(), weights="random"), part, WIDTH)
     with pytest.raises(ConfigurationError, match=r"at least one linear.*depth 0"):
         MLPSpec(depth=0)
+
+
+def test_identity_does_not_change_widths() -> None:
+    encoder = CLIPSpec(config=tiny.tower_config(), weights="random")
+    for part in (IdentitySpec(), MLPSpec(hidden=20, then=IdentitySpec())):
+        with pytest.raises(ConfigurationError, match=r"does not change widths.*a decoder of 32"):
+            Chain(part, encoder)
+    assert not list(Chain(IdentitySpec(then=LinearSpec()), encoder).parts[0].parameters())
 
 
 def test_links_know_what_they_stand_on() -> None:

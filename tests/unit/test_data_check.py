@@ -168,6 +168,19 @@ def test_command_prints_and_its_exit_code_means_something(folder: Path):
     assert "1 x missing picture" in done.output
 
 
+def test_pictures_cut_behind_the_header_are_found_by_decoding(folder: Path):
+    Image.effect_noise((90, 90), 60).save(folder / "whole.jpg")
+    (folder / "half.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:2500])
+    file = lines(folder / "train.jsonl", talk("<image>", image="whole.jpg"), talk("<image>", image="half.jpg"))
+    done = CliRunner().invoke(app, ["data", "check", file, "--all"])
+    assert (done.exit_code, "nothing bad, of pictures by their headers only: --decode" in done.output) == (0, True), done.output
+    assert "headers of 2 read, none decoded" in done.output
+    done = CliRunner().invoke(app, ["data", "check", file, "--decode"])
+    assert (done.exit_code, "1 x unreadable picture" in done.output, "headers only" in done.output) == (1, True, False), done.output
+    found = survey_source(LlavaSource(file=file), decode=True)
+    assert (found.decoded, found.sizes, found.modes) == (1, [(90, 90)], {"L": 1})
+
+
 def test_field_cases_are_counted(field_folder: Path):
     def problems(path: str, **settings: Any) -> dict[str, int]:
         (spec,) = sources_at(field_folder / path, **settings).values()

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from vlm import compose
 from vlm.cli import app
 from vlm.data.convert import convert_data, new_folder
 from vlm.data.llava import LlavaSource
 from vlm.data.sample import Picture, Sample, Turn, held
-from vlm.data.sources import sources_at
+from vlm.data.sources import columns_of, sources_at
 from vlm.data.write import FORMATS, picture_suffix, write_records, write_split
 from vlm.errors import ConfigurationError, DataError, EnvironmentProblem
 
@@ -220,6 +221,32 @@ def test_training_questions_about_a_picture_become_one_sample(tmp_path: Path, to
     assert [[picture.read() for picture in sample.pictures] for sample in train + val] == [[png], [jpeg], [webp], [webp]]
     convert_data(tmp_path / "set" / "train.parquet", tmp_path / "flat", to, group=False)
     assert [(sample.id, sample.independent) for sample in opened(tmp_path / "flat")] == [("r0", False), ("r1", False), ("r2", False)]
+
+
+def test_columns_of_other_names(tmp_path: Path):
+    rows = [{"picture": PICTURES[0], "image_id": "one", "prompt": f"q{number}", "response": "a"} for number in range(2)]
+    file = str(write_parquet(tmp_path / "train.parquet", rows))
+    columns = ["--columns", "{image: picture, question: prompt, answer: response}"]
+    for command in (["check", file], ["convert", file, str(tmp_path / "out")], ["tokenizer", file, str(tmp_path / "tokenizer")]):
+        assert CliRunner().invoke(app, ["data", *command]).exit_code == 1
+        done = CliRunner().invoke(app, ["data", *command, *columns])
+        assert done.exit_code == 0, done.output
+    (sample,) = opened(tmp_path / "out")
+    assert ([turn.text for turn in sample.turns], sample.independent) == (["\nq0", "a", "q1", "a"], True)
+    with pytest.raises(ConfigurationError, match="the reader llava takes no columns.*leave it away"):
+        sources_at(tmp_path / "out", columns={"image": "picture"})
+    for text in ("{image:picture}", "[image]", "{image: [}", "{image: 3}", ""):
+        with pytest.raises(ConfigurationError, match="--columns.*our names for the file's"):
+            columns_of(text)
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_what_convert_prints_is_a_source_in_the_place_of_another(tmp_path: Path, to: str):
+    write_split([sample for sample in SAMPLES if sample.pictures][:3], tmp_path, "train", "messages")
+    done = CliRunner().invoke(app, ["data", "convert", str(tmp_path / "train.jsonl"), str(tmp_path / "out"), "--to", to])
+    printed = done.output.split("; ")[-1].strip()
+    run = compose("llava_tiny", f"data.questions={printed}", "data_root=/nowhere")
+    assert [len(sample.pictures) > 0 and all(picture.read() for picture in sample.pictures) for sample in run.data["questions"].open()] == [True] * 3
 
 
 @pytest.mark.parametrize(

@@ -184,8 +184,14 @@ def test_columns_are_named_and_nothing_else_is_read(tmp_path: Path):
         opened(tmp_path, row, columns={**names, "answer": "reply"})
     with pytest.raises(ConfigurationError, match="'prompt' is not a name of ours"):
         opened(tmp_path, row, columns={"prompt": "question"})
-    with pytest.raises(DataError, match="none of the columns.*prompt.*columns"):
-        opened(tmp_path, {"prompt": "q"})
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"), [({"prompt": "q"}, None), ({"id": "1", "prompt": "q", "text": "a"}, None), ({"prompt": "q", "question": "r"}, {"question": "question"})]
+)
+def test_files_whose_columns_are_no_form_name_them_and_the_setting(tmp_path: Path, row: dict[str, Any], columns: dict[str, str] | None):
+    with pytest.raises(DataError, match=f"not the columns of any form.*the columns {', '.join(row)};.*`columns: .*--columns"):
+        opened(tmp_path, row, columns=columns)
 
 
 def test_columns_that_nothing_can_be_learnt_from_are_refused_unless_left_out(tmp_path: Path):

@@ -129,6 +129,32 @@ def test_empty_file_is_refused(tmp_path: Path, content: bytes):
         LlavaSource(file=str(tmp_path / "train.json")).open()
 
 
+RECORD = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [
+        (json.dumps(RECORD, indent=1), r"one object instead of a list.*put it into \[ \]"),
+        (json.dumps({"größe": 1, "daten": [RECORD]}, indent=1, ensure_ascii=False), "one object around a list.*under the key 'daten'.*that list alone"),
+        (json.dumps({"data": [RECORD]}), "under the key 'data'"),
+        (" [ ]\n", "holds no samples. got an empty list"),
+        ("", "holds no samples. got an empty file"),
+        ("\n<!DOCTYPE html>\n<html><body>Log in</body></html>", "a page of HTML, not JSON. got <!DOCTYPE html>;.*fetch the data file itself"),
+    ],
+)
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+def test_files_that_are_no_list_say_what_they_are(tmp_path: Path, content: str, fact: str, on_bad: Any):
+    (tmp_path / "train.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=fact):
+        LlavaSource(file=str(tmp_path / "train.json"), on_bad=on_bad).open()
+
+
+def test_one_object_on_a_line_is_json_lines(tmp_path: Path):
+    (tmp_path / "train.json").write_text(json.dumps(RECORD) + "\n", encoding="utf-8")
+    assert len(LlavaSource(file=str(tmp_path / "train.json")).open()) == 1
+
+
 def test_missing_file_is_named():
     with pytest.raises(DataError, match=r"nowhere\.json"):
         LlavaSource(file="nowhere.json").open()

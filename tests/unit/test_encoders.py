@@ -12,21 +12,32 @@ from PIL import Image
 
 from vlm import encoders
 from vlm.encoders.base import Encoder, EncoderSpec, Mode
-from vlm.errors import ConfigurationError
+from vlm.errors import ConfigurationError, EnvironmentProblem
 from vlm.features import SUMMARY, Features, ImageInput, Level
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"clip": {"config": tiny.tower_config("clip")}, "siglip": {"config": tiny.tower_config("siglip")}}
-"""What makes a registered encoder small; one that is not listed is built with its defaults."""
+ARGUMENTS |= {"hybrid": tiny.hybrid_arguments(), "hybrid with clip": tiny.hybrid_arguments("clip")}
+ARGUMENTS |= {f"hybrid {concat}": tiny.hybrid_arguments(concat=concat) for concat in ("feature", "sequence", "add")}
+ARGUMENTS |= {"timm": {"name": "test_vit", "size": 32}, "timm stages": {"name": "test_efficientnet", "size": 64}}
+ARGUMENTS |= {
+    "open_clip": {"config": tiny.open_clip_config()},
+    "open_clip pooler": {"config": tiny.open_clip_config(attentional_pool=True, attn_pooler_queries=5, attn_pooler_heads=2)},
+}
+ARGUMENTS |= {"open_clip resnet": {"config": tiny.open_clip_config(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)}}
+ARGUMENTS |= {"open_clip trunk": {"config": tiny.open_clip_config(timm_model_name="test_vit3", timm_pool="map", timm_proj="", image_size=32)}}
+"""What makes a registered encoder small; one that is not listed is built with its defaults. Behind the name a variant of it."""
 LARGEST = 20_000_000
 
 
-@pytest.fixture(params=encoders.registry.names(), scope="module")
+@pytest.fixture(params=sorted({*encoders.registry.names(), *ARGUMENTS}), scope="module")
 def spec(request: pytest.FixtureRequest) -> EncoderSpec:
-    made = encoders.registry.get(request.param)
+    made = encoders.registry.get(request.param.split()[0])
     try:
         found = made(weights="random", **ARGUMENTS.get(request.param, {}))
     except TypeError as problem:
         pytest.skip(f"encoder {request.param} needs arguments that nobody can guess: {problem}")
+    except EnvironmentProblem as problem:
+        pytest.skip(str(problem))
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in found.build().parameters())
     if count > LARGEST:

@@ -406,7 +406,7 @@ def test_strips_that_would_fill_the_memory(policy: str) -> None:
 
 def test_unknown_or_impossible_policies() -> None:
     image = Image.new("RGB", (2, 2))
-    with pytest.raises(ConfigurationError, match=r"'padd'. expected one of native, crop, pad, squash. did you mean 'pad'"):
+    with pytest.raises(ConfigurationError, match=r"'padd'. expected one of native, crop, pad, squash, anyres. did you mean 'pad'"):
         apply_policy("padd", image, CLIP_MEAN, 14)
     with pytest.raises(ConfigurationError, match="'crop' needs an encoder with a `size`"):
         apply_policy("crop", image, CLIP_MEAN, None)

@@ -136,6 +136,9 @@ def test_a_picture_may_come_from_anywhere(pictures: list[Picture], tmp_path: Pat
     path = Path(pictures[0].path)
     seen = [one.see(given).views["pixels"] for given in (pictures[0], path, str(path), path.read_bytes(), Image.open(path))]
     assert all(torch.equal(view, seen[0]) for view in seen)
+    clear = Image.new("RGBA", (40, 30), (200, 10, 10, 90))
+    clear.save(tmp_path / "clear.png")
+    assert torch.equal(one.see(clear).views["pixels"], one.see(tmp_path / "clear.png").views["pixels"])
     with pytest.raises(DataError, match=r"train.json, sample 7: cannot read picture .*missing.png.*check the path"):
         one.row(sample(user(Picture(str(tmp_path / "missing.png"))), says("red")))
 
@@ -555,6 +558,8 @@ def test_folders_that_hold_no_processor_or_tokenizer(tmp_path: Path) -> None:
         VLMProcessor.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="(?s)no tokenizer in .*give llm.tokenizer a folder with tokenizer.json"):
         load_tokenizer(ModelSpec(encoder=clip(), connector=MLPSpec(), llm=LLMSpec(path=str(tmp_path))))
+    with pytest.raises(CheckpointError, match="no tokenizer at 'scenes/tokenizer'.*a folder with tokenizer.json.*vlm data tokenizer SRC OUT"):
+        load_tokenizer(ModelSpec(encoder=clip(), connector=MLPSpec(), llm=LLMSpec(tokenizer="scenes/tokenizer")))
     with pytest.raises(CheckpointError, match="the decoder has no tokenizer. give llm.tokenizer or llm.path"):
         load_tokenizer(spec())
 

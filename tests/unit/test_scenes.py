@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,15 @@ def test_impossible_sizes_are_refused_and_leave_nothing(tmp_path: Path, changed:
     with pytest.raises(ConfigurationError, match=fact):
         write_scenes(tmp_path / "data", **{**SMALL, **changed}, processes=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_few_held_out_scenes_say_how_many_are_enough(tmp_path: Path):
+    with pytest.raises(ConfigurationError, match="--held-out") as caught:
+        write_scenes(tmp_path / "data", **{**SMALL, "held_out": 2}, processes=1)
+    enough = int(re.findall(r"--held-out (\d+)", str(caught.value))[0])
+    assert write_scenes(tmp_path / "data", **{**SMALL, "held_out": enough}, processes=1)["heldout"] == 40
+    with pytest.raises(ConfigurationError, match=f"--held-out {enough} is enough"):
+        write_scenes(tmp_path / "fewer", **{**SMALL, "held_out": enough // 2}, processes=1)
 
 
 def test_a_folder_that_holds_something_is_left_alone(root: Path):

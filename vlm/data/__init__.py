@@ -2,6 +2,23 @@
 
 from vlm.registry import Registry
 
-NOT_PARTS = ("sample", "mixture", "scenes", "convert", "tokenizer", "record", "pictures", "jsonfile", "remote", "packing", "tarindex", "shards", "write", "sources", "survey", "problems")
+NOT_PARTS = (
+    "sample",
+    "mixture",
+    "scenes",
+    "convert",
+    "tokenizer",
+    "record",
+    "pictures",
+    "jsonfile",
+    "remote",
+    "packing",
+    "tarindex",
+    "shards",
+    "write",
+    "sources",
+    "survey",
+    "problems",
+)
 readers = Registry("reader", __name__)
 register = readers.register

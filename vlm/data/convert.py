@@ -3,7 +3,7 @@
 import glob
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +16,6 @@ from vlm.errors import ConfigurationError, DataError
 
 __all__ = ["Question", "convert_data", "llava_record", "new_folder"]
 
-GROUPED = {"image_id", "question", "answer"}
-"""Columns of a set of questions about pictures, several of them about one."""
-
 
 class Question(NamedTuple):
     """A question, its answer, and what it asks for (`kind`), where that is known."""
@@ -29,7 +26,15 @@ class Question(NamedTuple):
 
 
 def convert_data(
-    source: str | Path, out: Path, to: str = "llava", *, reader: str | None = None, images: str | Path | None = None, group: bool = True, per_shard: int = 1000
+    source: str | Path,
+    out: Path,
+    to: str = "llava",
+    *,
+    reader: str | None = None,
+    images: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    group: bool = True,
+    per_shard: int = 1000,
 ) -> dict[str, Written]:
     """Turns every split at `source` (see `vlm.data.sources.sources_at`) into the format `to` (see `vlm.data.write.write_split`), and says per split what was written.
 
@@ -41,7 +46,7 @@ def convert_data(
     """
     if to not in FORMATS:
         raise ConfigurationError(f"cannot convert to {to!r}", expected=f"one of {', '.join(FORMATS)}")
-    sources = sources_at(source, reader=reader, images=images)
+    sources = sources_at(source, reader=reader, images=images, columns=columns)
     with new_folder(out) as folder:
         return {split: _convert_split(spec, folder, split, to, group and split == "train", per_shard) for split, spec in sources.items()}
 
@@ -78,7 +83,7 @@ def _convert_split(spec: Any, folder: Path, split: str, to: str, group: bool, pe
     reader = spec.open()
     samples: Iterable[Sample] = reader
     count = len(reader)
-    if group and spec.use == "hf" and (rows := _rows_of_pictures(spec.file)) is not None:
+    if group and spec.use == "hf" and (rows := _rows_of_pictures(spec)) is not None:
         samples, count = (_one_sample(picture, [reader[row] for row in numbers]) for picture, numbers in rows.items()), len(rows)
     console = Console(stderr=True)
     watched = track(samples, split, total=count, console=console, transient=True, disable=not console.is_terminal)
@@ -87,16 +92,20 @@ def _convert_split(spec: Any, folder: Path, split: str, to: str, group: bool, pe
     return written._replace(warnings=(*getattr(reader, "warnings", ()), *bad))
 
 
-def _rows_of_pictures(file: str) -> dict[str, list[int]] | None:
-    """image_id -> its rows, for Parquet files with the columns that are grouped; None for others."""
+def _rows_of_pictures(spec: Any) -> dict[str, list[int]] | None:
+    """image_id -> its rows, for Parquet files with the columns of questions about pictures: an image_id, a question and an answer; None for others."""
     from pyarrow import parquet
 
-    files = [file] if os.path.isfile(file) else sorted(glob.glob(file))
-    if not files or not all(name.endswith(".parquet") and set(parquet.read_schema(name).names) >= GROUPED for name in files):
+    names = spec.columns or {"question": "question", "answer": "answer"}
+    if not names.keys() >= {"question", "answer"}:
+        return None
+    needed = {"image_id", names["question"], names["answer"]}
+    files = [spec.file] if os.path.isfile(spec.file) else sorted(glob.glob(spec.file))
+    if not files or not all(name.endswith(".parquet") and set(parquet.read_schema(name).names) >= needed for name in files):
         return None
     rows: dict[str, list[int]] = {}
-    names = [str(name) for part in files for name in parquet.read_table(part, columns=["image_id"]).column("image_id").to_pylist()]
-    for row, name in enumerate(names):
+    shown = [str(name) for part in files for name in parquet.read_table(part, columns=["image_id"]).column("image_id").to_pylist()]
+    for row, name in enumerate(shown):
         rows.setdefault(name, []).append(row)
     return rows
 

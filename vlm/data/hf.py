@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm.data import register
 from vlm.data.pictures import check_pictures, picture_below
-from vlm.data.record import KEYS, REFUSED, sample_of
+from vlm.data.record import KEYS, REFUSED, form_of, sample_of
 from vlm.data.sample import Sample
 from vlm.errors import ConfigurationError, DataError, EnvironmentProblem
 
@@ -182,16 +182,18 @@ def _contents(files: list[str]) -> list[str]:
 
 
 def _columns(source: HfSource, there: list[str]) -> dict[str, str]:
-    """Our names of what is read -> the file's."""
+    """Our names of what is read -> the file's. Raises DataError where no row could be of a form that `sample_of` knows."""
     for name, column in (source.columns or {}).items():
         if name not in KEYS:
             raise ConfigurationError(f"columns: {name!r} is not a name of ours", expected=f"one of {', '.join(KEYS)}")
         if column not in there:
             raise DataError(f"{source.file} has no column {column!r}", got=", ".join(there), cure=f"set columns.{name} to one of them")
     names = dict(source.columns or {name: name for name in (*KEYS, *REFUSED) if name in there})
-    if not names:
-        cure = "say which is which: `columns: {image: ..., question: ..., answer: ...}`"
-        raise DataError(f"{source.file} has none of the columns that are read", got=", ".join(there), expected=f"some of {', '.join(KEYS)}", cure=cure)
+    form = form_of(names)
+    if form is None or (form == "caption" and not names.keys() & {"image", "images"}):
+        expected = "`conversations`, `messages` or `texts`; or `question` and `answer`; or `image` and `caption`"
+        cure = "say which is which: `columns: {image: ..., question: ..., answer: ...}` in the source, or --columns of `vlm data`"
+        raise DataError(f"{source.file} has not the columns of any form that is read", got=f"the columns {', '.join(there)}", expected=expected, cure=cure)
     return names
 
 

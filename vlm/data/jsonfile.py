@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from vlm.data.pictures import check_pictures, picture_below
-from vlm.data.record import Form, sample_of
+from vlm.data.record import Form, form_of, sample_of
 from vlm.data.sample import Sample
 from vlm.errors import DataError
 
@@ -21,6 +21,7 @@ __all__ = ["JsonReader", "JsonSource", "parsed"]
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SPACE = re.compile(r"[ \t\n\r]*")
+PAGE = re.compile(r"<(!doctype\s+html|html)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +146,34 @@ def _find_records(file: str, bad: list[DataError] | None) -> tuple[list[_Span], 
     text = raw.decode("latin-1")
     begin = _after_space(text, begin)
     if text.startswith("[", begin):
-        return list(_array(file, text, begin)), stamp
+        spans = list(_array(file, text, begin))
+        if not spans:
+            raise DataError(f"{file} holds no samples", got="an empty list", cure="write the records into it")
+        return spans, stamp
+    if PAGE.match(text, begin):
+        cure = "fetch the data file itself: sites answer with a page where one must log in, or where nothing is there"
+        raise DataError(f"{file} is a page of HTML, not JSON", got=raw[begin:][:60].decode("utf-8", "replace").split("\n")[0], expected="a JSON array, or JSON lines", cure=cure)
+    if text.startswith("{", begin):
+        _check_alone(file, raw, text, begin)
     return list(_lines(file, raw, bad)), stamp
+
+
+def _check_alone(file: str, raw: bytes, text: str, begin: int) -> None:
+    """Raises DataError for a file of one object that is no line of JSON lines: it holds the list of records, or goes over several lines."""
+    try:
+        _, stop = json.JSONDecoder(parse_int=float).raw_decode(text, begin)
+    except (json.JSONDecodeError, RecursionError):
+        return
+    if _after_space(text, stop) != len(text):
+        return
+    record = json.loads(raw[begin:stop], parse_int=float)
+    lists = [key for key, inner in record.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    expected = "a JSON array of records, or one whole record per line"
+    if lists and form_of(record) is None:
+        cure = f"if these are the records, write that list alone into a file: jq '.[{json.dumps(lists[0])}]' OLD > NEW"
+        raise DataError(f"{file}: one object around a list", kind="not JSON", got=f"a list of objects under the key {' and '.join(map(repr, lists))}", expected=expected, cure=cure)
+    if "\n" in text[begin:stop]:
+        raise DataError(f"{file}: one object instead of a list", kind="not JSON", got="an object over several lines", expected=expected, cure="put it into [ ]")
 
 
 def _check_utf8(file: str, raw: bytes) -> int:

@@ -85,6 +85,8 @@ SHAPES = {
     "frame": Figure(_square(0.86), hole=0.6),
     "plus": Figure(_PLUS),
 }
+ANSWERS = {"colour": list(COLOURS), "position": PLACES, "shape": list(SHAPES), "count": NUMBERS}
+"""What can be answered, by kind of question."""
 
 
 class Thing(NamedTuple):
@@ -168,11 +170,10 @@ def write_scenes(
         raise ConfigurationError(
             "at least one scene, and 1 to 6 questions about each", got=f"scenes {scenes}, questions {questions}", cure="a scene of one thing has no more than 6"
         )
+    heldout = _heldout_records([draw_scene(_rng(seed, True, index), True) for index in range(held_out)], seed, per_kind)
     with new_folder(Path(folder)) as root:
         jobs = [(root, seed, held, first, min(first + CHUNK, number)) for held, number in ((False, scenes), (True, held_out)) for first in range(0, number, CHUNK)]
-        drawn = _paint_all(jobs, processes)
-        align, instruct = _training_records(drawn[:scenes], seed, questions)
-        heldout = _heldout_records(drawn[scenes:], seed, per_kind)
+        align, instruct = _training_records(_paint_all(jobs, processes)[:scenes], seed, questions)
         for name, records in (("align", align), ("instruct", instruct), ("heldout", heldout)):
             write_records(root / f"{name}.json", records)
         texts = (turn["value"].removeprefix("<image>") for record in align + instruct + heldout for turn in record["conversations"])
@@ -206,12 +207,17 @@ def _paint_part(job: Job) -> list[Scene]:
     root, seed, held_out, first, stop = job
     scenes = []
     for index in range(first, stop):
-        rng = random.Random(f"{seed} {held_out} {index}")  # per scene, so that the split into jobs does not matter
+        rng = _rng(seed, held_out, index)
         scenes.append(draw_scene(rng, held_out))
         path = root / _picture(held_out, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         paint(scenes[-1], rng).save(path)
     return scenes
+
+
+def _rng(seed: int, held_out: bool, index: int) -> random.Random:
+    """Of one scene, so that the split into jobs does not matter."""
+    return random.Random(f"{seed} {held_out} {index}")
 
 
 def _picture(held_out: bool, index: int) -> str:
@@ -253,19 +259,30 @@ def _choose(scene: Scene, rng: random.Random, number: int) -> list[Question]:
 def _heldout_records(scenes: list[Scene], seed: int, per_kind: int) -> list[dict[str, Any]]:
     """One question per record; the answers of a kind equally often, up to one."""
     rng = random.Random(f"{seed} heldout")
-    answers = {"colour": list(COLOURS), "position": PLACES, "shape": list(SHAPES), "count": NUMBERS}
     asked = [(index, questions_about(scene)) for index, scene in enumerate(scenes)]
     records = []
     for kind in KINDS:
-        order = rng.sample(answers[kind], len(answers[kind]))
+        order = rng.sample(ANSWERS[kind], len(ANSWERS[kind]))
         for place, answer in enumerate(order):
             wanted = per_kind // len(order) + (place < per_kind % len(order))
             pool = [(index, question) for index, found in asked for question in found[kind] if question.answer == answer]
             if len(pool) < wanted:
-                cure = "raise held_out, or lower per_kind"
+                enough = _enough_held_out(seed, per_kind)
+                cure = f"--held-out {enough} is enough (in Python: held_out={enough}, or a lower per_kind)"
                 raise ConfigurationError(f"too few held-out scenes for {per_kind} questions of the kind {kind}", got=f"{len(pool)} about {answer!r}", expected=wanted, cure=cure)
             records += [(kind, index, question) for index, question in sorted(rng.sample(pool, wanted))]
     return [llava_record(f"{kind}-{number}", _picture(True, index), [question]) for number, (kind, index, question) in enumerate(records)]
+
+
+def _enough_held_out(seed: int, per_kind: int) -> int:
+    """The least number of held-out scenes with as many questions of every answer as may be asked."""
+    left = Counter({(kind, answer): math.ceil(per_kind / len(answers)) for kind, answers in ANSWERS.items() for answer in answers})
+    number = 0
+    while max(left.values()) > 0:
+        found = questions_about(draw_scene(_rng(seed, True, number), True))
+        left.subtract((kind, question.answer) for kind in KINDS for question in found[kind])
+        number += 1
+    return number
 
 
 def _write_sheet(root: Path, records: list[dict[str, Any]], columns: int = 4, rows: int = 2) -> None:

@@ -3,13 +3,16 @@
 import dataclasses
 import glob
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from vlm.data import readers
 from vlm.errors import ConfigurationError, DataError
 
-__all__ = ["sources_at"]
+__all__ = ["columns_of", "sources_at"]
 
 SUFFIXES = {".json": "llava", ".jsonl": "llava", ".parquet": "hf", ".arrow": "hf", ".tar": "tar"}
 """Extension -> the reader that takes it in every form."""
@@ -20,13 +23,13 @@ NUMBER = re.compile(r"[-_]\d{4,}(-of-\d{4,})?$")
 PATTERN = re.compile(r"[*?\[{]")
 
 
-def sources_at(path: str | Path, *, reader: str | None = None, images: str | Path | None = None) -> dict[str, Any]:
+def sources_at(path: str | Path, *, reader: str | None = None, images: str | Path | None = None, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Split -> the data source (not opened) of what lies at `path`.
 
     path: a file (its split is what it is called), a glob of the parts of one split; a folder with one file, or several numbered parts, per split; a folder that `save_to_disk` wrote.
-    reader: default: told by the extension. images: the folder that paths of pictures start from.
+    reader: default: told by the extension. images: the folder that paths of pictures start from. columns: our names for the file's, of the reader hf.
 
-    Raises DataError where nothing lies; ConfigurationError where the reader is not clear, or takes no `images`.
+    Raises DataError where nothing lies; ConfigurationError where the reader is not clear, or takes no `images` or `columns`.
     """
     path = str(path)
     if Path(path).is_dir():
@@ -35,14 +38,28 @@ def sources_at(path: str | Path, *, reader: str | None = None, images: str | Pat
         found = {_split(PATTERN.split(path)[0] if PATTERN.search(path) else path): path}
     else:
         raise DataError(f"there is nothing at {path}", expected="a data file, a folder or a glob of them")
-    return {split: _source(file, reader, images) for split, file in found.items()}
+    return {split: _source(file, reader, images, columns) for split, file in found.items()}
 
 
-def _source(file: str, reader: str | None, images: str | Path | None) -> Any:
+def columns_of(text: str) -> dict[str, str]:
+    """What `--columns` says: YAML, our names for the file's. Raises ConfigurationError for anything but names."""
+    expected = "our names for the file's, as {image: picture, question: prompt, answer: response}"
+    try:
+        columns = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError("--columns is not YAML", got=text, expected=expected) from error
+    if not isinstance(columns, dict) or not columns or not all(isinstance(name, str) for both in columns.items() for name in both):
+        raise ConfigurationError("--columns does not name columns", got=text, expected=expected, cure="mind the space behind each colon")
+    return columns
+
+
+def _source(file: str, reader: str | None, images: str | Path | None, columns: Mapping[str, str] | None) -> Any:
     spec = readers.get(reader or _reader(file))
-    settings = {"file": file} | ({} if images is None else {"images": str(images)})
+    settings = {"file": file} | ({} if images is None else {"images": str(images)}) | ({} if columns is None else {"columns": columns})
     if unknown := set(settings) - {field.name for field in dataclasses.fields(spec)}:
-        raise ConfigurationError(f"the reader {spec.use} takes no {', '.join(sorted(unknown))}", cure="leave it away" if unknown == {"images"} else "choose another --reader")
+        raise ConfigurationError(
+            f"the reader {spec.use} takes no {', '.join(sorted(unknown))}", cure="leave it away" if unknown <= {"images", "columns"} else "choose another --reader"
+        )
     return spec(**settings)
 
 

@@ -18,7 +18,7 @@ from vlm.data.pictures import check_pictures
 from vlm.data.problems import kind_of
 from vlm.data.sample import Picture, Sample
 from vlm.errors import DataError
-from vlm.images import upright_size
+from vlm.images import open_picture, upright_size
 
 __all__ = ["HEADERS", "Problems", "Survey", "survey_source", "write_report"]
 
@@ -42,8 +42,8 @@ class Survey:
     """What a source holds.
 
     samples: that are whole; text_only: those without pictures; independent: those of independent pairs. turns: by role. pictures: references. kinds: of questions. longest: characters of the longest
-    turn, and where it is. files: bytes of picture files; sizes: (width, height) of those whose headers were read; modes: Pillow's names. notes: what the reader did to samples, and how often.
-    warnings: what else the reader skipped. problems: by kind; each bad record counts once.
+    turn, and where it is. files: bytes of picture files; sizes: (width, height) of those whose headers were read; modes: Pillow's names. decoded: pictures whose pixels were read too.
+    notes: what the reader did to samples, and how often. warnings: what else the reader skipped. problems: by kind; each bad record counts once.
     """
 
     source: str
@@ -58,6 +58,7 @@ class Survey:
     files: list[int] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     modes: Counter[str] = field(default_factory=Counter)
+    decoded: int = 0
     notes: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
     problems: dict[str, Problems] = field(default_factory=dict)
@@ -95,7 +96,8 @@ class Survey:
             for example in problems.examples:
                 console.print(Text(f"  {example}"), soft_wrap=True)
         verdict = f"{self.bad:,} bad record{'s' if self.bad > 1 else ''}" if self.bad else "nothing bad"
-        console.print(Text(verdict, "bold red" if self.bad else "bold green"))
+        rest = ", of pictures by their headers only: --decode reads them whole" if self.pictures > self.decoded else ""
+        console.print(Text(verdict, "bold red" if self.bad else "bold green").append(rest), soft_wrap=True)
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         yield (
@@ -106,7 +108,7 @@ class Survey:
         if self.kinds:
             yield "kinds", _counts(self.kinds)
         yield "longest turn", f"{self.longest[0]:,} characters, {self.longest[1]}" if self.longest[1] else "none"
-        yield "pictures", f"{self.pictures:,}" + (f", headers of {len(self.sizes):,} read" if self.pictures else "")
+        yield "pictures", f"{self.pictures:,}" + (f", headers of {len(self.sizes):,} read, {f'{self.decoded:,}' if self.decoded else 'none'} decoded" if self.pictures else "")
         if self.sizes:
             low, middle, high = (f"{width} x {height}" for width, height in self._spread(self._by_area()).values())
             yield "sizes", f"{low} (least), {middle} (median), {high} (most)"
@@ -143,10 +145,10 @@ class Survey:
             problems.examples.append(str(error))
 
 
-def survey_source(source: Any, *, everything: bool = False) -> Survey:
-    """Opens a data source and reads every record, and the headers of the first 1,000 pictures (everything: of all).
+def survey_source(source: Any, *, everything: bool = False, decode: bool = False) -> Survey:
+    """Opens a data source and reads every record, and the headers of the first 1,000 pictures (everything: of all; decode: all pictures whole, as training does).
 
-    What is bad is counted and does not stop it. Where a file of a source of several cannot be opened, the others are read one by one. A picture's pixels are not decoded.
+    What is bad is counted and does not stop it. Where a file of a source of several cannot be opened, the others are read one by one.
     """
     found = Survey(source.file, source.use)
     readers = list(_readers(source, found))
@@ -158,7 +160,7 @@ def survey_source(source: Any, *, everything: bool = False) -> Survey:
             for error in reader.bad:
                 found._add(error)
             for index in range(len(reader)):
-                _look(reader, index, found, everything)
+                _look(reader, index, found, everything, decode)
                 progress.advance(task)
     return found
 
@@ -190,11 +192,11 @@ def _parts(file: str) -> list[str]:
     return sorted(str(path) for path in Path(file).iterdir() if path.is_file()) if Path(file).is_dir() else sorted(glob.glob(file))
 
 
-def _look(reader: Any, index: int, found: Survey, everything: bool) -> None:
+def _look(reader: Any, index: int, found: Survey, everything: bool, decode: bool) -> None:
     try:
         sample: Sample = reader[index]
         check_pictures(sample)
-        headers = [_header(picture, sample.where) for picture in sample.pictures if everything or len(found.sizes) < HEADERS]
+        headers = [_header(picture, sample.where, decode) for picture in sample.pictures if everything or decode or len(found.sizes) < HEADERS]
     except DataError as error:
         found._add(error)
         return
@@ -203,13 +205,18 @@ def _look(reader: Any, index: int, found: Survey, everything: bool) -> None:
         found.sizes.append(size)
         found.modes[mode] += 1
         found.files.append(length)
+        found.decoded += decode
 
 
-def _header(picture: Picture, where: str) -> tuple[tuple[int, int], str, int]:
-    """Upright size, mode and bytes; of a file of its own without reading the whole."""
+def _header(picture: Picture, where: str, decode: bool) -> tuple[tuple[int, int], str, int]:
+    """Upright size, mode and bytes; of a file of its own without reading the whole, unless it is to be decoded."""
     try:
-        source = picture.path if picture.data is None and picture.size is None and not picture.remote else picture.read()
-        size = upright_size(source, where=f"{where}, {picture.path}")
+        if decode:
+            source = picture.read()
+            size = open_picture(source, where=f"{where}, {picture.path}").size
+        else:
+            source = picture.path if picture.data is None and picture.size is None and not picture.remote else picture.read()
+            size = upright_size(source, where=f"{where}, {picture.path}")
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
             return size, image.mode, picture.length()
     except OSError as error:

@@ -3,8 +3,9 @@
 A Spec is a frozen, picklable dataclass. Processor, data workers, `vlm check` and cost see Specs only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -49,6 +50,12 @@ class Encoder(nn.Module):
     def block(self, index: int) -> BlockWeights | None:
         """Block `index` for a ladder to copy, None where the tower has no such blocks."""
         return None
+
+    def tensors(self, place: Path) -> Iterable[tuple[str, Tensor]]:
+        """The tensors of a released folder or file; an encoder whose library calls its files otherwise overrides it."""
+        from vlm.weights.files import read_tensors
+
+        return read_tensors(place)
 
     def weights_key(self, name: str) -> str | None:
         """Name of a tensor in a released file -> name in this module; None: the file carries it, and it is never used here."""

@@ -27,9 +27,13 @@ class TowerSpec(FixedSizeSpec):
         for name, key in (("size", "image_size"), ("patch", "patch_size"), ("width", "hidden_size"), ("depth", "num_hidden_layers")):
             object.__setattr__(self, name, numbers[key])
 
+    def config_class(self) -> Any:
+        """transformers' class of `config`."""
+        raise NotImplementedError
+
     def numbers(self) -> Mapping[str, Any]:
         """The architecture numbers, the class's defaults filled in; raises ConfigurationError."""
-        raise NotImplementedError
+        return checked(self.config_class(), self.config)
 
 
 class TowerEncoder(Encoder):
@@ -96,10 +100,10 @@ class CLIPSpec(TowerSpec):
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     fit: str = "crop"  # type: ignore[assignment]
 
-    def numbers(self) -> Mapping[str, Any]:
+    def config_class(self) -> Any:
         from transformers import CLIPVisionConfig
 
-        return checked(CLIPVisionConfig, self.config)
+        return CLIPVisionConfig
 
     def build(self) -> "CLIPEncoder":
         return CLIPEncoder(self)

@@ -1,13 +1,12 @@
 """SigLIP's vision tower through transformers, with all levels."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from vlm.encoders import register
-from vlm.encoders.clip import TowerEncoder, TowerSpec, checked
+from vlm.encoders.clip import TowerEncoder, TowerSpec
 
 __all__ = ["SigLIPEncoder", "SigLIPSpec"]
 
@@ -17,10 +16,10 @@ __all__ = ["SigLIPEncoder", "SigLIPSpec"]
 class SigLIPSpec(TowerSpec):
     """Google's SigLIP tower (Zhai et al. 2023): no class token, pictures squashed to the square. config: fields of transformers' SiglipVisionConfig."""
 
-    def numbers(self) -> Mapping[str, Any]:
+    def config_class(self) -> Any:
         from transformers import SiglipVisionConfig
 
-        return checked(SiglipVisionConfig, self.config)
+        return SiglipVisionConfig
 
     def build(self) -> "SigLIPEncoder":
         return SigLIPEncoder(self)

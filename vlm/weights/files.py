@@ -23,9 +23,9 @@ _AGAIN = "fetch the checkpoint again"
 
 
 def find_folder(path: str) -> Path:
-    """A local folder, or the cached snapshot of a hub repository; never fetched. Raises CheckpointError."""
+    """A local folder (or weights file), or the cached snapshot of a hub repository; never fetched. Raises CheckpointError."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if folder.exists():
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -42,7 +42,7 @@ def find_folder(path: str) -> Path:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint folder by name, one at a time: safetensors, single or sharded, else .bin through `weights_only`.
+    """Every tensor of a checkpoint folder (or file) by name, one at a time: safetensors, single or sharded, else .bin through `weights_only`.
 
     The index decides which shard a tensor comes from; files that it does not name are left alone and named in a warning. Raises CheckpointError.
     """
@@ -55,6 +55,9 @@ def read_shapes(folder: Path) -> dict[str, Tensor]:
 
 
 def _folder_tensors(folder: Path, values: bool) -> Iterator[tuple[str, Tensor]]:
+    if folder.is_file():
+        yield from _file_tensors(folder, values)
+        return
     for single, index in FORMS:
         if (folder / single).is_file():
             if values and (folder / index).is_file():

@@ -105,6 +105,7 @@ def obstacles(model: ModelSpec, text_config: Any) -> list[Obstacle]:
         (encoder.use not in TOWERS, "model.encoder", encoder.use, " or ".join(TOWERS)),
         (text_config.model_type not in DECODERS, "model.llm", text_config.model_type, " or ".join(DECODERS)),
         (bool(kept), "model.adapt", ", ".join(kept), "a decoder without adaptations"),
+        (model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each (tiles are LLaVA-NeXT's)"),
         (not isinstance(connector.level, int), "model.connector.level", connector.level, "a numbered hidden state, such as -2"),
     ]
     if connector.use != "mlp":
