@@ -211,7 +211,8 @@ class _Check:
         self._connector_files("model.connector", self.run.model.connector)
         if self.run.start is not None:
             return
-        for path, part in (("model.encoder", self.run.model.encoder), ("model.llm", self.run.model.llm)):
+        towers = {f"model.encoder.{name}".rstrip("."): tower for name, tower in self.run.model.encoder.towers.items()}
+        for path, part in (*towers.items(), ("model.llm", self.run.model.llm)):
             if part.weights == "path" and part.path is None:
                 self._wrong(path, "weights of a path are asked for", got="no path", expected="a folder with weights", cure=f"set {path}.path, or {path}.weights=random")
             elif part.weights == "path" and self._there(f"{path}.path", str(part.path)) and part.config is not None:
@@ -237,7 +238,7 @@ class _Check:
         if not file.is_file():
             return
         written = json.loads(file.read_text(encoding="utf-8"))
-        written = written.get("vision_config", written) if path == "model.encoder" else written
+        written = written.get("vision_config", written) if path != "model.llm" else written
         differ = [f"{name} {numbers[name]!r} (beside the weights {written[name]!r})" for name in numbers if name in written and written[name] != numbers[name]]
         if differ:
             self.report.warnings.append(f"{path}: the configuration's numbers are used, and some are not those of {file}: {', '.join(differ)}")
@@ -478,13 +479,18 @@ class _Check:
     def _exports(self) -> None:
         if self.text is None or not self.run.stages or not self.entered:
             return
+        from vlm.weights import deepseek
         from vlm.weights.llava import obstacles
 
-        found = list(map(str, obstacles(model_at(self.run, len(self.run.stages) - 1), self.text)))
+        last = model_at(self.run, len(self.run.stages) - 1)
+        found = list(map(str, obstacles(last, self.text)))
         name, stage = list(self.run.stages.items())[-1]
         if stage.images.tiling is not None:
             found.append(f"stages.{name}.images is anyres, LLaVA reads one square per picture")
         self.report.exports["llava"] = f"not possible: {'; '.join(found)}" if found else "transformers' LlavaForConditionalGeneration"
+        for family in (deepseek.SINGLE, deepseek.HYBRID):
+            if stage.images.use == "native" and not family.obstacles(last, self.text):
+                self.report.exports[family.name] = f"transformers' {family.model_class}"
 
 
 def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -43,7 +43,8 @@ def absolute(run: RunSpec) -> RunSpec:
         return of(spec, *names, only_folders=True)
 
     adapt = {name: folders(spec, "path") for name, spec in run.model.adapt.items()}
-    model = replace(run.model, encoder=folders(run.model.encoder, "path"), connector=connector(run.model.connector), llm=folders(run.model.llm, "path", "tokenizer"), adapt=adapt)
+    encoder = run.model.encoder.with_towers(lambda tower: folders(tower, "path"))
+    model = replace(run.model, encoder=encoder, connector=connector(run.model.connector), llm=folders(run.model.llm, "path", "tokenizer"), adapt=adapt)
     return replace(of(run, "data_root", "runs", "start"), model=model, data={name: of(spec, "file", "images") for name, spec in run.data.items()})
 
 

@@ -75,7 +75,7 @@ def _differing(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> 
 
 def _encoder(spec: EncoderSpec) -> dict[str, Any]:
     """What it computes: not where its first weights came from; of a tower of transformers every number, the class's defaults filled in."""
-    plain = to_plain(replace(spec, path=None, weights="path"))
+    plain = to_plain(spec.with_towers(lambda tower: replace(tower, path=None, weights="path")))
     numbers = getattr(spec, "numbers", None)
     return plain | ({"config": _free(numbers())} if numbers is not None else {})
 

@@ -125,8 +125,8 @@ def export_command(
     from vlm.weights.export import export_run
 
     report = export_run(run, out, to=to)
-    if report.merged:
-        typer.echo(report.merged)
+    for line in filter(None, (report.merged, report.changed)):
+        typer.echo(line)
     typer.echo(f"{report.folder}: max logit difference {report.max_logit_difference:.2e} over {report.prompts} prompts, greedy tokens equal")
 
 

@@ -44,7 +44,7 @@ class VLMConfig(PreTrainedConfig):
         """From a composed model and the decoder's transformers config. Where first weights came from stays behind."""
         adapt = {name: to_plain(spec.form()) for name, spec in model.adapt.items()}
         return cls(
-            encoder=to_plain(replace(model.encoder, path=None)),
+            encoder=to_plain(model.encoder.form()),
             connector=to_plain(_without_path(model.connector)),
             adapt=adapt,
             text_config=text_config,

@@ -26,15 +26,21 @@ from vlm.weights.files import find_folder
 __all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "load_tokenizer", "pictures_in_front", "placeholder_id"]
 
 IGNORE = -100
-PLACEHOLDER = "<image>"
+PLACEHOLDERS = ("<image_placeholder>", "<image>")
+"""What tokenizers call the picture token, the first that is there; DeepSeek-VL's has a name of its own."""
 
 
 def placeholder_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that stands for a picture token: the tokenizer's own `<image>`, else one that is added to it. Rows of the embedding are only ever added, a padded vocabulary keeps its size."""
+    """The id that stands for a picture token: the tokenizer's own, else an `<image>` that is added to it.
+
+    Rows of the embedding are only ever added, a padded vocabulary keeps its size.
+    """
     known = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-    if PLACEHOLDER not in known:
-        tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
-    return int(tokenizer.convert_tokens_to_ids(PLACEHOLDER))  # type: ignore[arg-type]
+    for name in PLACEHOLDERS:
+        if name in known:
+            return known[name]
+    tokenizer.add_tokens([PLACEHOLDERS[-1]], special_tokens=True)
+    return int(tokenizer.convert_tokens_to_ids(PLACEHOLDERS[-1]))  # type: ignore[arg-type]
 
 
 def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:

@@ -30,15 +30,22 @@ GIVEN_UP = "given up by the released label walk"
 
 @dataclass(frozen=True)
 class Template:
-    """chat: Jinja text over `messages`. needs: control tokens that the tokenizer must have. system: the text of a conversation that brings none. pictures_only: user turns keep their pictures and lose their text."""
+    """chat: Jinja text over `messages`. needs: control tokens that the tokenizer must have. system: the text of a conversation that brings none. pictures_only: user turns keep their pictures and lose their text.
+    strip: turns lose the blanks at their ends.
+    """
 
     chat: str
     needs: tuple[str, ...] = ()
     system: str | None = None
     pictures_only: bool = False
+    strip: bool = False
 
 
 _VICUNA_SYSTEM = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
+_DEEPSEEK_VL_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
 
 TEMPLATES = {
     # LLaVA's stage 1: the picture, its caption, a line break.
@@ -57,6 +64,16 @@ TEMPLATES = {
     "chatml": Template(
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         needs=("<|im_start|>", "<|im_end|>"),
+    ),
+    # DeepSeek-VL: separators by role (the official program's, by position, are the same where users begin), none behind a last question.
+    "deepseek_vl": Template(
+        "{{ bos_token }}{% for m in messages %}{% set said = m['content'] | trim %}"
+        "{% if m['role'] == 'system' %}{{ said + '\n\n' }}"
+        "{% elif m['role'] == 'user' %}{{ 'User: ' + said }}{% if add_generation_prompt or not loop.last %}{{ '\n\n' }}{% endif %}"
+        "{% else %}{{ 'Assistant: ' + said + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+        system=_DEEPSEEK_VL_SYSTEM,
+        strip=True,
     ),
 }
 """Prompt name -> template. The name "tokenizer" means the tokenizer's own chat template."""
@@ -360,7 +377,7 @@ class Prompt:
         messages: list[dict[str, str]] = []
         for turn in turns:
             lost = str if self.template.pictures_only and turn.role == "user" else ()
-            parts = [part for part in turn.parts if part != "" and not isinstance(part, lost)]
+            parts = [part for part in (_stripped(turn.parts) if self.template.strip else turn.parts) if part != "" and not isinstance(part, lost)]
             messages.append({"role": turn.role, "content": "".join(_MARK.format(len(contents) + place) for place in range(len(parts)))})
             contents += parts
         whole = self._render(messages, generate, where)
@@ -406,6 +423,18 @@ class Prompt:
             yield _Piece("", "picture", False) if part is not None else _Piece(token if token in self.text.control else token.strip(), "control", supervised)
         if text + rendered[at:]:
             yield _Piece(text + rendered[at:], "text", supervised)
+
+
+def _stripped(parts: Sequence[str | Picture]) -> list[str | Picture]:
+    """A turn without the blanks before its first word or picture and behind its last."""
+    kept = list(parts)
+    for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
+        while kept and isinstance(part := kept[end], str):
+            kept[end] = strip(part)
+            if kept[end]:
+                break
+            kept.pop(end)
+    return kept
 
 
 def _refuse(message: str) -> Any:

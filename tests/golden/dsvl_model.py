@@ -16,7 +16,7 @@ from vlm.features import ImageInput, TokenLayout
 from vlm.llm.decoder import decoder_config
 from vlm.loading import build, load_tensors
 from vlm.model import VLM
-from vlm.weights.deepseek_keys import from_official, to_official
+from vlm.weights.deepseek_keys import model_from_official, model_to_official
 
 __all__ = ["model", "native"]
 
@@ -78,7 +78,7 @@ def loaded(case: Case) -> tuple[VLM, list[str]]:
     spec = ModelSpec(encoder=encoder, connector=dsvl.connector_spec(aligner), llm=LLMSpec())
     made = build(VLMConfig.of(spec, text, config["image_id"]))
     dropped: list[str] = []
-    load_tensors(made, ours(case.weights, f"connector.{spec.connector.use}", dropped).items(), source=case.name)
+    load_tensors(made, model_from_official(case.weights.items(), spec.connector.use, dropped), source=case.name)
     return made.train(), dropped
 
 
@@ -91,28 +91,8 @@ def encoder_spec(config: Fields) -> EncoderSpec:
     return dsvl.hybrid_spec(params, config) if is_hybrid(config) else dsvl.siglip_spec(params, config["SigLIP_MODEL_CONFIG"])
 
 
-def ours(weights: Mapping[str, Tensor], connector: str, dropped: list[str]) -> dict[str, Tensor]:
-    """Official names -> names of a VLM."""
-    tower = ((name.removeprefix("vision_model."), tensor) for name, tensor in weights.items() if name.startswith("vision_model."))
-    found = {f"encoder.{name}": tensor for name, tensor in from_official(tower, dropped)}
-    dropped[:] = [f"vision_model.{name}" for name in dropped]
-    places = {"aligner": connector, "language_model": "llm"}
-    for name, tensor in weights.items():
-        part, _, rest = name.partition(".")
-        if part != "vision_model":
-            found[f"{places[part]}.{rest}"] = tensor
-    return found
-
-
-def official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back."""
-    found = {f"vision_model.{name}": tensor for name, tensor in to_official({n.removeprefix("encoder."): t for n, t in tensors.items() if n.startswith("encoder.")}).items()}
-    found |= {f"aligner.{name.split('.', 2)[2]}": tensor for name, tensor in tensors.items() if name.startswith("connector.")}
-    return found | {f"language_model.{name.removeprefix('llm.')}": tensor for name, tensor in tensors.items() if name.startswith("llm.")}
-
-
 def gradients(made: VLM) -> dict[str, Tensor]:
-    found = official({name: parameter.grad for name, parameter in made.named_parameters() if parameter.grad is not None})
+    found = model_to_official({name: parameter.grad for name, parameter in made.named_parameters() if parameter.grad is not None})
     return {f"grad.{name}": grad for name, grad in found.items()}
 
 
@@ -123,7 +103,7 @@ def without_gradient(case: Case, made: VLM, dropped: Sequence[str]) -> list[str]
     frozen = {"encoder.high", *(("encoder.high.neck", "encoder.high.downsamples") if freeze_high else ()), *(("encoder.low",) if freeze_low else ())}
     trained = [parameter for name, found in made.groups().items() if name not in frozen for parameter in found]
     idle = {name: parameter.detach() for name, parameter in made.named_parameters() if parameter.grad is None and any(parameter is one for one in trained)}
-    names = {*official(idle), *(name for name in dropped if not (freeze_low and "attn_pool" in name))}
+    names = {*model_to_official(idle), *(name for name in dropped if not (freeze_low and "attn_pool" in name))}
     expected = case.expected["no_grad_parameters"]
     return [name for name in expected if name in names] + sorted(names - set(expected))
 

@@ -211,7 +211,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "group": (["stages.align.train.conector=1"], ["stages.align.train.conector: train: no group 'conector'", "did you mean 'connector'?"]),
     "group below": (["stages.instruct.train.llm={ffm: 1}"], ["stages.instruct.train.llm: train: no group 'llm.ffm'", "did you mean 'ffn'?"]),
     "nothing trained": (["stages.align.train.connector=frozen"], ["stages.align: train: this stage would train nothing", "'connector': 'frozen'", "a rate for one of"]),
-    "prompt": (["stages.align.prompt=vicuna"], ["stages.align.prompt: no prompt is called 'vicuna'", "plain, vicuna_v1, chatml, tokenizer", "did you mean 'vicuna_v1'?"]),
+    "prompt": (
+        ["stages.align.prompt=vicuna"],
+        ["stages.align.prompt: no prompt is called 'vicuna'", "plain, vicuna_v1, chatml, deepseek_vl, tokenizer", "did you mean 'vicuna_v1'?"],
+    ),
     "crop": (
         ["model.encoder=native", "model.connector.level=0", "stages.align.images=crop"],
         ["stages.align.images: picture policy 'crop' needs an encoder with a `size`", "images: native"],
@@ -581,7 +584,7 @@ def test_the_table_of_parts_names_parts_prompts_and_configurations(parts: None) 
     tables = parts_table().tables
     assert dict(tables["encoders"])["native"] == "An encoder without a size of its own: one token per 14 x 14 pixels."
     assert dict(tables["connectors"])["mlp"] == "LLaVA-1.5's projector: linears with GELU between them."
-    assert {"plain", "vicuna_v1", "chatml", "tokenizer"} == set(dict(tables["prompts"]))
+    assert {"plain", "vicuna_v1", "chatml", "deepseek_vl", "tokenizer"} == set(dict(tables["prompts"]))
     assert dict(tables["configs/run"])["llava_1.5_7b"].startswith("LLaVA-1.5 7B: CLIP")
     text = printed(parts_table())
     for word in ("siglip", "zero3", "vicuna_7b_v1.5", "adaptations"):

@@ -245,7 +245,7 @@ def test_template_renders_what_training_shows(name: str, talk: str):
     as_strings = [{"role": t.role, "content": "".join(p if isinstance(p, str) else "<image>" for p in t.parts)} for t in TALKS[talk]]
     for messages in (as_lists, as_strings):
         text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
-        assert llava._tokenizer(tokenizer, llava.starts_row(prompt))(text)["input_ids"] == expected
+        assert llava.public_tokenizer(tokenizer, llava.starts_row(prompt))(text)["input_ids"] == expected
 
 
 # ---- refusals and files --------------------------------------------------------------------------------------------------
@@ -317,7 +317,8 @@ def test_an_export_appears_only_when_it_is_proven(run: Path, monkeypatch: pytest
 
     monkeypatch.setattr(exporting, "fresh_answers", lambda jobs, scratch: [agreed])
     report = exporting.export_run(run)
-    assert json.loads((out / "export_check.json").read_text()) == {"folder": str(out), "max_logit_difference": 0.0, "tokens_equal": report.tokens_equal, "prompts": 4, "merged": ""}
+    written = {"folder": str(out), "max_logit_difference": 0.0, "tokens_equal": report.tokens_equal, "prompts": 4, "merged": "", "changed": ""}
+    assert json.loads((out / "export_check.json").read_text()) == written
 
     proven = (out / "model.safetensors").stat().st_ino
     monkeypatch.setattr(exporting, "fresh_answers", lambda jobs, scratch: [[case | {"logits": case["logits"] + 2e-4} for case in agreed]])

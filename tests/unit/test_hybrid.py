@@ -20,6 +20,7 @@ from transformers.models.sam.modeling_sam import SamVisionAttention
 
 import vlm
 from vlm.config import LLMSpec, ModelSpec
+from vlm.configuration import VLMConfig
 from vlm.connectors.base import Link
 from vlm.connectors.hybrid_mlp import HybridMLPSpec
 from vlm.encoders.base import EncoderSpec
@@ -32,6 +33,8 @@ from vlm.initial import first_values
 from vlm.letterbox import fit_square, inner_size
 from vlm.loading import first_model
 from vlm.model import VLM
+from vlm.train.check import check_run
+from vlm.train.folder import absolute
 from vlm.weights.deepseek_keys import from_official, to_official
 
 
@@ -168,6 +171,29 @@ def test_start_from_a_plain_sam(tmp_path: Path, kind: str) -> None:
         official = loaded(tmp_path / "sam", official=True)
     assert not torch.equal(official.neck_hd.conv1.weight, own["trunk.neck.conv1.weight"]) and official.neck_hd.conv1.weight.std() > 0.01
     assert tower.alpha == 0 and all(conv.weight.std() > 0.01 for conv in tower.downsamples)  # type: ignore[union-attr,operator]
+
+
+def test_where_first_weights_came_from_is_looked_at_and_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    public_sam(tmp_path / "sam", "own")
+    (tmp_path / "pair.yaml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    data = f"data_root={tiny.data_root(tmp_path / 'data')}"
+    run = vlm.compose("pair.yaml", data, "model.encoder.high={weights: path, path: sam}", "model.encoder.low={weights: path, path: no/such}")
+    report = check_run(run)
+    assert "model.encoder.low.path: no/such is neither a folder nor a cached hub snapshot" in report.not_checked
+    assert not any("encoder.high" in str(line) for line in (*report.not_checked, *report.problems))
+    encoder: Any = absolute(run).model.encoder
+    assert (encoder.high.path, encoder.low.path) == (str(tmp_path / "sam"), "no/such")
+    assert (encoder.form().high, encoder.form().low) == (replace(encoder.high, path=None), replace(encoder.low, path=None))
+    assert "path" not in json.dumps(VLMConfig.of(replace(run.model, encoder=encoder), None, 1).encoder).replace('"weights": "path"', "").replace('"path": null', "")
+
+
+def test_a_check_says_whether_transformers_has_a_class_for_it(tmp_path: Path) -> None:
+    (tmp_path / "pair.yaml").write_text(RUN)
+    data = f"data_root={tiny.data_root(tmp_path / 'data')}"
+    fits = check_run(vlm.compose(str(tmp_path / "pair.yaml"), data, "model.encoder.high.downsample_channels=[16,32]"))
+    assert fits.exports["deepseek_vl_hybrid"] == "transformers' DeepseekVLHybridForConditionalGeneration"
+    assert list(check_run(vlm.compose(str(tmp_path / "pair.yaml"), data)).exports) == ["llava"]
 
 
 def test_a_tower_that_has_been_trained_keeps_its_second_neck(tmp_path: Path) -> None:

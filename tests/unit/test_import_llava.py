@@ -457,7 +457,7 @@ def test_our_own_export_is_recognised() -> None:
 
 
 def test_a_template_that_nothing_reads_alike_has_to_be_replaced_by_hand() -> None:
-    with pytest.raises(ConfigurationError, match=r"no prompt reads questions as the checkpoint's own chat template.*--prompt: plain, vicuna_v1, chatml, tokenizer"):
+    with pytest.raises(ConfigurationError, match=r"no prompt reads questions as the checkpoint's own chat template.*--prompt: plain, vicuna_v1, chatml, deepseek_vl, tokenizer"):
         choose_prompt(tiny.tokenizer(), LLAVA_15.replace("ASSISTANT:", "ANSWER:"))
     assert choose_prompt(tiny.tokenizer(), LLAVA_15, "chatml")[0] == PromptSpec(use="chatml")
 

@@ -3,10 +3,10 @@
 A Spec is a frozen, picklable dataclass. Processor, data workers, `vlm check` and cost see Specs only.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -88,6 +88,19 @@ class EncoderSpec:
     official: bool = False
 
     @property
+    def towers(self) -> Mapping[str, Any]:
+        """The Specs whose `path` names first weights, by their place below `encoder`: this one, as "", unless it is made of others."""
+        return {"": self}
+
+    def with_towers(self, change: Callable[[Any], Any]) -> Self:
+        """This Spec with every one of `towers` changed."""
+        return change(self)
+
+    def form(self) -> Self:
+        """What a checkpoint says of it: all but where first weights came from."""
+        return self.with_towers(lambda tower: replace(tower, path=None))
+
+    @property
     def streams(self) -> tuple[str, ...]:
         return ("image",)
 
@@ -124,7 +137,7 @@ class FixedSizeSpec(EncoderSpec):
     """An encoder that sees every picture at size x size: gives preprocess, layout and dummy.
 
     A subclass sets size, patch, width, depth, and overrides `build`. prefix: summary tokens (CLS) in front of the patches.
-    The picture keeps its shape: shortest edge to `size`, centre crop (fit="crop"), or is squashed to the square (fit="squash").
+    fit: shortest edge to `size`, centre crop ("crop"); squashed to the square ("squash"); or longest edge to `size`, in the middle of the mean's colour, as DeepSeek-VL does it ("letterbox").
     """
 
     size: int = 224
@@ -134,7 +147,7 @@ class FixedSizeSpec(EncoderSpec):
     prefix: int = 0
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    fit: Literal["crop", "squash"] = "squash"
+    fit: Literal["crop", "squash", "letterbox"] = "squash"
 
     @property
     def levels(self) -> Mapping[str, int]:
@@ -149,10 +162,15 @@ class FixedSizeSpec(EncoderSpec):
         return {"image": TokenLayout.grid(side, side, self.prefix)}
 
     def preprocess(self, image: Image.Image, mode: Mode) -> Mapping[str, Tensor]:
-        from vlm.images import crop_to, resize
+        return {"pixels": self.normalise(self._square(image))}
 
-        square = crop_to(image, self.size, official=self.official) if self.fit == "crop" else resize(image, self.size, self.size)
-        return {"pixels": self.normalise(square)}
+    def _square(self, image: Image.Image) -> Image.Image:
+        from vlm.images import crop_to, mean_color, resize
+        from vlm.letterbox import fit_square
+
+        if self.fit == "letterbox":
+            return fit_square(image, self.size, mean_color(self.mean), "trunc" if self.official else "round")
+        return crop_to(image, self.size, official=self.official) if self.fit == "crop" else resize(image, self.size, self.size)
 
     def normalise(self, image: Image.Image) -> Tensor:
         """RGB picture -> (3, H, W) float32, (x / 255 - mean) / std."""

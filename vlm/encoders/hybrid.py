@@ -1,10 +1,10 @@
 """DeepSeek-VL's pair: SAM at high resolution beside a SigLIP or CLIP tower at low, from one picture (Lu et al. 2024, section 3.1)."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -105,6 +105,13 @@ class HybridSpec(EncoderSpec):
         if self.concat in ("sequence", "add") and len(set(widths)) > 1:
             got = f"{widths[0]} high, {widths[1]} low"
             raise ConfigurationError(f"concat {self.concat} needs both towers to give one width", got=got, cure="set high.downsample_channels, or use concat tuple")
+
+    @property
+    def towers(self) -> Mapping[str, Any]:
+        return {"high": self.high, "low": self.low}
+
+    def with_towers(self, change: Callable[[Any], Any]) -> Self:
+        return replace(self, **{name: change(tower) for name, tower in self.towers.items()})
 
     # ---- what comes out ----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Names of DeepSeek-VL's vision towers in the official program, and ours (systems/deepseek_vl.md, section 2.7). Both ways; a fused qkv is three linears here.
+"""Names of DeepSeek-VL's tensors in the official program and in transformers' classes, and ours (systems/deepseek_vl.md, section 2.7). Both ways; a fused qkv is three linears here.
 
 Ours are those of encoder `hybrid` (`high.`, `low.tower.`) for two towers and of encoder `siglip` (`tower.`) for one.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["from_official", "sam_key", "to_official"]
+__all__ = ["NATIVE", "from_official", "model_from_official", "model_to_official", "native_key", "native_name", "official_name", "sam_key", "to_official"]
 
 NECK = ("conv1", "layer_norm1", "conv2", "layer_norm2")
 SAM = (
@@ -34,6 +34,23 @@ VIT = (
 TOWERS = (("vision_tower_high.vision_tower.", "high.", SAM), ("vision_tower_low.vision_tower.", "low.tower.", VIT), ("vision_tower.", "tower.", VIT))
 UNUSED = re.compile(r"(vision_tower(_low\.vision_tower)?\.attn_pool|high_layer_norm|low_layer_norm)\.")
 """Stored by the official program and never read by it."""
+NATIVE = (
+    ("encoder.high.trunk.", "model.high_res_vision_model.vision_encoder."),
+    ("encoder.high.neck_hd.", "model.high_res_vision_neck."),
+    ("encoder.high.downsamples.0.", "model.high_res_vision_proj.conv1."),
+    ("encoder.high.downsamples.1.", "model.high_res_vision_proj.conv2."),
+    ("encoder.high.alpha", "model.high_res_vision_alpha"),
+    ("encoder.low.tower.", "model.vision_model."),
+    ("connector.hybrid_mlp.high_up_proj.", "model.aligner.high_res_vision_proj."),
+    ("connector.hybrid_mlp.low_up_proj.", "model.aligner.vision_proj."),
+    ("connector.hybrid_mlp.layers.1.", "model.aligner.proj."),
+    ("encoder.tower.", "model.vision_model."),
+    ("connector.mlp.layers.0.", "model.aligner.linear1."),
+    ("connector.mlp.layers.2.", "model.aligner.linear2."),
+    ("llm.model.", "model.language_model."),
+    ("llm.lm_head.", "lm_head."),
+)
+"""Start of our names -> start of the names of `DeepseekVLHybridForConditionalGeneration` and, with one tower, of `DeepseekVLForConditionalGeneration`."""
 
 
 def from_official(tensors: Iterable[tuple[str, Tensor]], dropped: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -60,6 +77,55 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             official = _renamed(name, official=False)
             found[official] = tensor[None] if name.endswith("position_embedding.weight") else tensor
     return found
+
+
+def model_from_official(tensors: Iterable[tuple[str, Tensor]], connector: str, dropped: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a `MultiModalityCausalLM` -> by the names of a VLM with this connector. Names that nothing reads go to `dropped`, an unknown one stays as it is."""
+    for name, tensor in tensors:
+        if not name.startswith("vision_model."):
+            yield _part_key(name, connector), tensor
+            continue
+        unread: list[str] = []
+        for ours, part in from_official([(name.removeprefix("vision_model."), tensor)], unread):
+            yield f"{'encoder' if ours.startswith(('high.', 'low.', 'tower.')) else 'vision_model'}.{ours}", part
+        dropped += [f"vision_model.{one}" for one in unread]
+
+
+def _part_key(name: str, connector: str) -> str:
+    if name.startswith("aligner."):
+        own = name.removeprefix("aligner.")
+        return f"connector.{connector}." + (own.replace("layers.", "layers.0.") if connector == "linear" else own)
+    return f"llm.{name.removeprefix('language_model.')}" if name.startswith("language_model.") else name
+
+
+def model_to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back."""
+    towers = to_official({name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")})
+    found = {f"vision_model.{name}": tensor for name, tensor in towers.items()}
+    return found | {official_name(name): tensor for name, tensor in tensors.items() if not name.startswith("encoder.")}
+
+
+def official_name(name: str) -> str:
+    """One name of a VLM -> the official one; for a tower's q, k or v as if it were no part of a qkv."""
+    if name.startswith("encoder."):
+        return f"vision_model.{_renamed(name.removeprefix('encoder.'), official=False)}"
+    if name.startswith("connector.linear.layers.0."):
+        return name.replace("connector.linear.layers.0.", "aligner.layers.")
+    if name.startswith("connector."):
+        return f"aligner.{name.split('.', 2)[2]}"
+    return f"language_model.{name.removeprefix('llm.')}"
+
+
+def native_key(name: str, hybrid: bool) -> str:
+    """Name in a file of transformers' classes -> name in a VLM; files of transformers 4 hold SigLIP one level deeper. An unknown one stays as it is."""
+    name = name.replace("model.vision_model.vision_model.", "model.vision_model.")
+    rows = [row for row in NATIVE if name.startswith(row[1]) and not row[0].startswith("encoder.tower." if hybrid else "encoder.low.")]
+    return rows[0][0] + name.removeprefix(rows[0][1]) if rows else name
+
+
+def native_name(name: str) -> str:
+    """The way back; an unknown one stays as it is."""
+    return next((theirs + name.removeprefix(ours) for ours, theirs in NATIVE if name.startswith(ours)), name)
 
 
 def sam_key(name: str) -> str | None:

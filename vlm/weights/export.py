@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm.errors import CheckpointError, ConfigurationError, NumericsError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vlm.config import ModelSpec
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["LOGITS", "PIXELS", "Case", "Report", "answers", "compare", "draw_pictures", "export_run", "families", "fresh_answers", "questions"]
+__all__ = ["LOGITS", "PIXELS", "Case", "Family", "Report", "answers", "compare", "draw_pictures", "export_run", "families", "fresh_answers", "questions"]
 
 LOGITS = 1e-4
 """Largest difference of logits in fp32 (DESIGN rule 3)."""
@@ -34,7 +34,11 @@ NEW_TOKENS = 12
 REPORT = "export_check.json"
 
 Case = dict[str, "Tensor"]
-"""What a model makes of one prompt: ids (S,), pixels (n, 3, H, W), logits (POSITIONS or fewer, V), tokens (T,)."""
+"""What a model makes of one prompt: ids (S,), pixels (n, 3, H, W), of two towers also high_pixels, logits (POSITIONS or fewer, V), tokens (T,)."""
+VIEWS = {"pixels": "pixels", "low": "pixels", "high": "high_pixels"}
+"""View of a picture here -> its name in a Case."""
+INPUTS = {"pixel_values": "pixels", "high_res_pixel_values": "high_pixels"}
+"""Input of transformers' classes -> its name in a Case."""
 Messages = list[dict[str, Any]]
 
 
@@ -42,7 +46,7 @@ Messages = list[dict[str, Any]]
 class Report:
     """A proven export. prompts: how many were compared. max_logit_difference: over all of them, in fp32. tokens_equal: how many greedy tokens agreed, all that there were.
 
-    merged: what of LoRA was merged before writing.
+    merged: what of LoRA was merged before writing. changed: what the class does otherwise; both sides were compared with that change.
     """
 
     folder: str
@@ -50,13 +54,30 @@ class Report:
     tokens_equal: int
     prompts: int
     merged: str = ""
+    changed: str = ""
 
 
-def families() -> dict[str, ModuleType]:
-    """Name after `--to` -> its module, with `obstacles(model_spec, text_config)` and `write(model, processor, folder)`."""
-    from vlm.weights import llava
+class Family(Protocol):
+    """A family of transformers' classes: a module or an object."""
 
-    return {"llava": llava}
+    def obstacles(self, model: "ModelSpec", text_config: Any) -> Sequence[object]:
+        """What keeps a model from being one, each a sentence."""
+        ...
+
+    def as_written(self, processor: "VLMProcessor") -> "tuple[VLMProcessor, str]":
+        """The processor with what the class does otherwise, and a sentence on that, or ""."""
+        ...
+
+    def write(self, model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
+        """Everything that the class loads. Raises ConfigurationError for what it cannot express."""
+        ...
+
+
+def families() -> dict[str, Family]:
+    """Name after `--to` -> what writes it."""
+    from vlm.weights import deepseek, llava
+
+    return {"llava": llava, "deepseek_vl": deepseek.SINGLE, "deepseek_vl_hybrid": deepseek.HYBRID}
 
 
 def export_run(source_folder: str | Path, out: str | Path | None = None, to: str = "llava") -> Report:
@@ -80,19 +101,21 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
     out = Path(out) if out is not None else Path(source_folder) / f"export-{to}"
     if out.exists() and any(out.iterdir()) and not (out / REPORT).is_file():
         raise ConfigurationError(f"{out} holds something else than an export", cure="give a folder that is new, empty or an earlier export")
+    family = families()[to]
     model, processor = load(source_folder)
+    processor, changed = family.as_written(processor)
     prompt = processor.prompt
     asked = questions(pictures_only=prompt.template.pictures_only, system=prompt.spec.fold_system == "fold" or prompt.keeps_system)
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
     try:
         merged = merge_lora(model)
-        families()[to].write(model, processor, partial)
+        family.write(model, processor, partial)
         with TemporaryDirectory(prefix="vlm-export-") as scratch:
             draw_pictures(Path(scratch))
             ours = answers(model, processor, partial, asked, Path(scratch))
             del model  # the fresh process needs its memory
             [theirs] = fresh_answers([(partial, asked)], Path(scratch))
-        report = replace(compare(ours, theirs, out), merged=str(merged) if merged.names else "")
+        report = replace(compare(ours, theirs, out), merged=str(merged) if merged.names else "", changed=changed)
         (partial / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     except ConfigurationError:
         shutil.rmtree(partial, ignore_errors=True)
@@ -178,8 +201,8 @@ def answers(model: "VLM", processor: "VLMProcessor", folder: Path, asked: Sequen
             logits = model(**inputs, logits_to_keep=POSITIONS).logits
         tokens = model.generate(**inputs, generation_config=settings)
         case = {"ids": inputs["input_ids"][0], "logits": logits[0], "tokens": tokens[0]}
-        if inputs["images"]:
-            case["pixels"] = torch.stack([image.views["pixels"] for image in inputs["images"]])
+        for view in inputs["images"][0].views if inputs["images"] else ():
+            case[VIEWS[view]] = torch.stack([image.views[view] for image in inputs["images"]])
         found.append(case)
     return found
 
@@ -234,9 +257,7 @@ def _public_answers(folder: str, asked: Sequence[Messages]) -> list[Case]:
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
         length = inputs["input_ids"].shape[1]
         case = {"ids": inputs["input_ids"][0], "logits": logits[0], "tokens": tokens[0, length:]}
-        if "pixel_values" in inputs:
-            case["pixels"] = inputs["pixel_values"]
-        found.append(case)
+        found.append(case | {name: inputs[key] for key, name in INPUTS.items() if key in inputs})
     return found
 
 
@@ -257,7 +278,7 @@ def compare(ours: Sequence[Case], theirs: Sequence[Case], folder: Path) -> Repor
                 got=_first_difference(their["ids"], our["ids"]),
                 cure="the tokenizer reads text behind control tokens differently",
             )
-        if (difference := _largest_difference(our, their, "pixels")) > PIXELS:
+        if (difference := max(_largest_difference(our, their, name) for name in INPUTS.values())) > PIXELS:
             raise CheckpointError(
                 f"{where}: the exported image processor makes other pixels of its pictures", got=f"a difference of {difference:.2e}", expected=f"at most {PIXELS:g}"
             )

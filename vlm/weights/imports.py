@@ -22,7 +22,7 @@ from vlm.generate import prepare
 from vlm.loading import DERIVED, build, load_tensors, read_generation, tables
 from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.prompt import TEMPLATES, Prompt, PromptSpec
-from vlm.weights import llava, llava_read
+from vlm.weights import deepseek_read, llava, llava_read
 from vlm.weights.files import find_folder, read_tensors
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Imported:
 
 def families() -> dict[str, ModuleType]:
     """Name after `--family` -> the module that reads its folders, with `read(folder, tower) -> Found`."""
-    return {"llava": llava_read}
+    return {"llava": llava_read, "deepseek_vl": deepseek_read}
 
 
 def import_model(path: str, out: str | Path | None = None, family: str = "llava", *, tower: str | None = None, tokenizer: str | None = None, prompt: str | None = None) -> Imported:
@@ -59,8 +59,8 @@ def import_model(path: str, out: str | Path | None = None, family: str = "llava"
 
     Args:
         path: local folder, or cached snapshot of a hub repository. out: default NAME-vlm in the working directory.
-        tower: see `llava_read.read`. tokenizer: a folder, for a checkpoint without one. prompt: a name of TEMPLATES or "tokenizer"; default: the one that reads questions as the
-            checkpoint's own chat template does, vicuna_v1 where it has none.
+        tower: see `llava_read.read`. tokenizer: a folder, for a checkpoint without one. prompt: a name of TEMPLATES or "tokenizer"; default: the one in which the family was trained, else
+            the one that reads questions as the checkpoint's own chat template does, vicuna_v1 where it has none.
 
     Raises:
         ConfigurationError: a setting or a part that ours cannot express; no prompt fits; `out` holds something.
@@ -75,12 +75,13 @@ def import_model(path: str, out: str | Path | None = None, family: str = "llava"
     found = families()[family].read(source, tower)
     spec = ModelSpec(encoder=found.encoder, connector=found.connector, llm=LLMSpec(path=str(source), tokenizer=tokenizer))
     words = _tokenizer(spec)
-    chosen, notes = choose_prompt(words, _chat_template(source, words), prompt)
+    known = found.prompt if prompt is None else None
+    chosen, notes = (known, ()) if known else choose_prompt(words, _chat_template(source, words), prompt)
     processor = VLMProcessor(spec, found.text.hidden_size, words, chosen, found.policy)
     model, more = read_model(found, processor.image_token_id, processor.vocabulary)
     prepare(model, processor)
     parts = f"{found.encoder.use}, {found.connector.use}, {found.text.model_type}"
-    report = Imported(str(out), str(source), family, parts, str(model.dtype).removeprefix("torch."), chosen.use, found.policy, (*notes, *more))
+    report = Imported(str(out), str(source), family, parts, str(model.dtype).removeprefix("torch."), chosen.use, found.policy, (*found.notes, *notes, *more))
     _write(model, processor, report)
     return report
 
@@ -128,7 +129,7 @@ def read_model(found: "Found", image_token_id: int, vocabulary: int = 0) -> "tup
         model = build(VLMConfig.of(ModelSpec(encoder=found.encoder, connector=found.connector, llm=LLMSpec()), text, image_token_id))
     tower = ((f"encoder.{name}", tensor) for name, tensor in _tower(found, model))
     grow = [f"llm.{name}" for name in tables(model)] if text.vocab_size > rows else []
-    load_tensors(model, chain(read_tensors(found.folder), tower), source=str(found.folder), key=found.key, grow=grow, spell=found.spelt)
+    load_tensors(model, chain(found.tensors(), tower), source=str(found.folder), key=found.key, grow=grow, spell=found.spelt)
     read_generation(model, LLMSpec(path=str(found.folder)))
     return model.eval(), tuple(notes)
 
@@ -146,7 +147,7 @@ def _untie(found: "Found") -> Iterator[str]:
     both = {name for name in found.shapes if found.key(name) in ("llm.model.embed_tokens.weight", "llm.lm_head.weight")}
     if len(both) < 2:
         return
-    first, *others = [tensor for name, tensor in read_tensors(found.folder) if name in both]
+    first, *others = [tensor for name, tensor in found.tensors() if name in both]
     if not all(torch.equal(first, other) for other in others):
         found.text.tie_word_embeddings = False
         yield "config.json ties the head to the embedding, but the file holds another head: untied"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from vlm.prompt import Prompt
 
 __all__ = [
-    "DECODERS", "KEYS", "PLACEHOLDER", "TOWERS", "Obstacle", "chat_template", "from_llava", "obstacles", "projector_key", "row_of", "starts_row", "supports", "to_llava", "write",
+    "DECODERS", "KEYS", "PLACEHOLDER", "TOWERS", "Obstacle", "as_written", "chat_template", "from_llava", "generation_settings", "obstacles", "projector_key",
+    "public_tokenizer", "row_of", "starts_row", "supports", "to_llava", "write",
 ]  # fmt: skip
 
 KEYS = (
@@ -128,6 +129,11 @@ def supports(model: ModelSpec, text_config: Any) -> bool:
 # ---- files ---------------------------------------------------------------------------------------------------------------
 
 
+def as_written(processor: "VLMProcessor") -> "tuple[VLMProcessor, str]":
+    """The processor as the exported one computes, and what that changes: nothing, LLaVA's expresses ours or is refused."""
+    return processor, ""
+
+
 def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
     """Model, configuration, processor and generation settings into `folder`, dtypes kept.
 
@@ -146,7 +152,7 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
     tensors = {to_llava(name): tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
     _config(model).save_pretrained(folder)
-    _generation(model, processor).save_pretrained(folder)
+    generation_settings(model, processor).save_pretrained(folder)
     exported.save_pretrained(folder)
 
 
@@ -170,7 +176,7 @@ def _config(model: "VLM") -> Any:
     )
 
 
-def _generation(model: "VLM", processor: "VLMProcessor") -> Any:
+def generation_settings(model: "VLM", processor: "VLMProcessor") -> Any:
     """The model's own settings, with how an answer ends and what is never said."""
     from vlm.generate import prepare
 
@@ -187,8 +193,9 @@ def _processor(processor: "VLMProcessor") -> Any:
     from transformers import LlavaProcessor
 
     encoder: Any = processor.model.encoder
-    tokenizer = _tokenizer(processor.tokenizer, starts_row(processor.prompt))
-    tokenizer.chat_template = chat_template(processor.prompt)
+    tokenizer = public_tokenizer(processor.tokenizer, starts_row(processor.prompt))
+    token = str(processor.tokenizer.convert_ids_to_tokens(processor.image_token_id))
+    tokenizer.chat_template = chat_template(processor.prompt, token)
     return LlavaProcessor(
         image_processor=_image_processor(processor),
         tokenizer=tokenizer,
@@ -196,7 +203,7 @@ def _processor(processor: "VLMProcessor") -> Any:
         vision_feature_select_strategy=TOWERS[encoder.use],
         num_additional_image_tokens=encoder.prefix,
         chat_template=tokenizer.chat_template,
-        image_token=PLACEHOLDER,
+        image_token=token,
     )
 
 
@@ -210,7 +217,7 @@ def _image_processor(processor: "VLMProcessor") -> Any:
     encoder: Any = processor.model.encoder
     shape = encoder.fit if processor.policy in ("native", "pad") else processor.policy
     if shape not in ("crop", "squash"):
-        raise ConfigurationError(f"LLaVA's image processors cannot express the picture policy {processor.policy!r}", expected="native, pad, crop or squash")
+        raise ConfigurationError(f"LLaVA's image processors cannot express the picture policy {shape!r}", expected="native, pad, crop or squash")
     settings: dict[str, Any] = {
         "size": {"shortest_edge": encoder.size} if shape == "crop" else {"height": encoder.size, "width": encoder.size},
         "crop_size": {"height": encoder.size, "width": encoder.size},
@@ -223,8 +230,11 @@ def _image_processor(processor: "VLMProcessor") -> Any:
     return CLIPImageProcessorPil(**settings) if shape == "crop" else SiglipImageProcessorPil(**settings)
 
 
-def _tokenizer(tokenizer: Any, starts: bool) -> Any:
-    """A tokenizer that reads a rendered conversation as training does: it puts the start token in front where the prompt has one, and no word mark behind a control token."""
+def public_tokenizer(tokenizer: Any, starts: bool, **names: str) -> Any:
+    """A tokenizer that reads a rendered conversation as training does: it puts the start token in front where the prompt has one, and no word mark behind a control token.
+
+    names: more special tokens, such as `image_token`.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -238,7 +248,7 @@ def _tokenizer(tokenizer: Any, starts: bool) -> Any:
     content["post_processor"] = _start_token(tokenizer) if starts else None
     content["truncation"] = content["padding"] = None
     _mark_first_word_only(content)
-    names = {name: str(value) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := getattr(tokenizer, name)) is not None}
+    names |= {name: str(value) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := getattr(tokenizer, name)) is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), clean_up_tokenization_spaces=False, padding_side="left", model_max_length=tokenizer.model_max_length, **names
     )
@@ -302,13 +312,13 @@ _PICTURES_ONLY = r"""{%- set held = namespace(turns=[]) -%}
 _NO_DATE = "{%- macro strftime_now(form) -%}{%- endmacro -%}\n"
 
 
-def chat_template(prompt: "Prompt") -> str:
-    """The prompt's own Jinja text behind a preamble: content lists become strings ({"type": "image"} becomes `<image>`), and the system text is treated as in training."""
+def chat_template(prompt: "Prompt", placeholder: str = PLACEHOLDER) -> str:
+    """The prompt's own Jinja text behind a preamble: content lists become strings ({"type": "image"} becomes the placeholder), and the system text is treated as in training."""
     template, spec = prompt.template, prompt.spec
     system = template.system if spec.system is None else spec.system
-    preamble = _FLATTEN
+    preamble = _FLATTEN.replace(PLACEHOLDER, placeholder)
     if template.pictures_only:
-        preamble += _PICTURES_ONLY
+        preamble += _PICTURES_ONLY.replace(PLACEHOLDER, placeholder)
     else:
         if spec.fold_system == "fold" and not prompt.keeps_system:
             preamble += _FOLD

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
@@ -13,13 +13,14 @@ from torch import Tensor
 from vlm import connectors, encoders
 from vlm.composition import from_plain
 from vlm.connectors.base import ConnectorSpec
-from vlm.encoders.base import FixedSizeSpec
+from vlm.encoders.base import EncoderSpec, FixedSizeSpec
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.llm.decoder import decoder_config
-from vlm.weights.files import find_folder, read_shapes
+from vlm.prompt import PromptSpec
+from vlm.weights.files import find_folder, read_shapes, read_tensors
 from vlm.weights.llava import DECODERS, KEYS, TOWERS, from_llava, row_of
 
-__all__ = ["Found", "read"]
+__all__ = ["METADATA", "Found", "flat_text", "image_processor", "read", "read_json", "refuse"]
 
 FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 """`model_type` of LLaVA's own program -> decoder family."""
@@ -33,20 +34,26 @@ HEAD_WIDTH = 64
 
 @dataclass(frozen=True)
 class Found:
-    """A LLaVA folder in our terms.
+    """A folder of others in our terms.
 
     shapes: name in the file -> tensor on the meta device. text: the decoder's transformers config. policy: what happens to pictures first. tower: the folder whose tensors are the tower's
-    where the file has none. image_id: the picture token's id, where the folder says one.
+    where the file has none. image_id: the picture token's id, where the folder says one. prompt: the one in which the model was trained, where that is known. notes: what has to be said.
     """
 
     folder: Path
     shapes: Mapping[str, Tensor]
-    encoder: FixedSizeSpec
+    encoder: EncoderSpec
     connector: ConnectorSpec
     text: Any
     policy: str
     tower: Path | None = None
     image_id: int | None = None
+    prompt: PromptSpec | None = None
+    notes: tuple[str, ...] = ()
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """All tensors of the folder; `key` says what a name is here."""
+        return read_tensors(self.folder)
 
     def key(self, name: str) -> str:
         """Name in the file -> name in VLM; what has none there comes back as it is."""
@@ -71,7 +78,7 @@ def read(folder: Path, tower: str | None = None) -> Found:
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no config.json", cure="give the folder of a whole checkpoint")
-    config = _json(file)
+    config = read_json(file)
     shapes = read_shapes(folder)
     inside = {ours: tensor for name, tensor in shapes.items() if (ours := from_llava(name)).startswith("encoder.")}
     if "text_config" in config and config.get("model_type") == "llava":
@@ -83,14 +90,16 @@ def read(folder: Path, tower: str | None = None) -> Found:
     )
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A file of a folder. Raises CheckpointError."""
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as problem:
         raise CheckpointError(f"{file} is damaged: {problem}", cure="fetch it again") from problem
 
 
-def _refuse(folder: Path, problems: list[str]) -> None:
+def refuse(folder: Path, problems: list[str]) -> None:
+    """Raises ConfigurationError with all problems, if there are any."""
     if problems:
         raise ConfigurationError(f"{folder} cannot be imported: {'; '.join(problems)}", cure="import a checkpoint of these parts")
 
@@ -119,7 +128,7 @@ def _of_transformers(folder: Path, config: Mapping[str, Any], shapes: Mapping[st
         )
         if bad
     ]
-    _refuse(folder, problems)
+    refuse(folder, problems)
     if inside and tower is not None:
         raise ConfigurationError(f"{folder} has its own tower with its numbers", got=f"tower {tower}", cure="leave it out")
     if not inside and tower is None:
@@ -153,14 +162,14 @@ def _of_program(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Te
         )
         if bad
     ]
-    _refuse(folder, problems)
+    refuse(folder, problems)
     encoder, place = _tower(folder, config.get("mm_vision_tower"), inside, tower)
     connector = from_plain(connectors.registry, {"use": "mlp", "depth": int(depth[1]), "level": level} if depth else {"use": "linear", "level": level})
     policy = "pad" if config.get("image_aspect_ratio") == "pad" else "native"
-    return Found(folder, shapes, encoder, connector, _text(FAMILIES[config["model_type"]], config), policy, place)
+    return Found(folder, shapes, encoder, connector, flat_text(FAMILIES[config["model_type"]], config), policy, place)
 
 
-def _text(family: str, config: Mapping[str, Any]) -> Any:
+def flat_text(family: str, config: Mapping[str, Any]) -> Any:
     """The decoder's config from the flat one, without what LLaVA added to it."""
     from transformers import AutoConfig
 
@@ -182,7 +191,7 @@ def _tower(folder: Path, named: str | None, inside: Mapping[str, Tensor], asked:
     file = found / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{found} holds no config.json with the tower's numbers", cure="give the folder of a whole tower")
-    config = _json(file)
+    config = read_json(file)
     numbers = config.get("vision_config", config)
     if (kind := numbers.get("model_type", config.get("model_type"))) not in ("clip", "clip_vision_model"):
         raise ConfigurationError(f"{folder} cannot be imported with the tower {place}", got=kind, expected="a CLIP tower, as LLaVA-1.5's own program has it")
@@ -233,7 +242,7 @@ def _geometry(folder: Path, inside: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _pictures(folder: Path, encoder: FixedSizeSpec) -> tuple[FixedSizeSpec, str]:
     """The encoder with the means of the folder's image processor, and the picture policy. Raises ConfigurationError naming settings that ours do not have."""
-    written = _image_processor(folder)
+    written = image_processor(folder)
     if written is None:
         return encoder, "native"
     clip = "Siglip" not in str(written.get("image_processor_type", written.get("feature_extractor_type", "CLIP")))
@@ -252,16 +261,16 @@ def _pictures(folder: Path, encoder: FixedSizeSpec) -> tuple[FixedSizeSpec, str]
         )
         if bad
     ]
-    _refuse(folder, [f"its image processor's {problem}" for problem in problems])
+    refuse(folder, [f"its image processor's {problem}" for problem in problems])
     mean, std = (tuple(float(value) for value in written.get(key, default)) for key, default in (("image_mean", encoder.mean), ("image_std", encoder.std)))
     return replace(encoder, mean=mean, std=std, fit="crop" if cut else "squash"), "pad" if written.get("do_pad") else "native"  # type: ignore[arg-type]
 
 
-def _image_processor(folder: Path) -> Mapping[str, Any] | None:
+def image_processor(folder: Path) -> Mapping[str, Any] | None:
     """Its settings: in a file of their own, or in the processor's (transformers 5)."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         if (folder / name).is_file():
-            content = _json(folder / name)
+            content = read_json(folder / name)
             found = content.get(key) if key else content
             if found:
                 return found

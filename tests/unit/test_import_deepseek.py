@@ -1,0 +1,232 @@
+"""Imports of DeepSeek-VL folders, made small: the official program's keys and transformers' own, strictly, with their outputs."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import vlm
+from tests.golden import dsvl_model
+from tests.golden.case import Case
+from vlm.cli import app
+from vlm.config import LLMSpec, ModelSpec
+from vlm.configuration import VLMConfig
+from vlm.connectors.hybrid_mlp import HybridMLPSpec
+from vlm.connectors.mlp import MLPSpec
+from vlm.data.sample import Sample, Turn, held
+from vlm.encoders.hybrid import HybridSpec, SAMSpec
+from vlm.encoders.siglip import SigLIPSpec
+from vlm.errors import CheckpointError, ConfigurationError
+from vlm.letterbox import fit_square
+from vlm.llm.decoder import decoder_config
+from vlm.loading import build
+from vlm.model import VLM
+from vlm.weights import deepseek_read
+from vlm.weights.deepseek import HYBRID
+from vlm.weights.deepseek_keys import model_to_official
+from vlm.weights.export import export_run
+from vlm.weights.imports import import_model, read_model
+
+BEGIN, END, IMAGE = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<image_placeholder>"
+SAM = {"width": 16, "layers": 3, "heads": 2, "patch_size": 8, "prompt_embed_dim": 4, "global_attn_indexes": [0, 2], "downsample_channels": [8, 16]}
+SIGLIP = {"width": 16, "layers": 3, "heads": 2, "patch_size": 8, "mlp_ratio": 4}
+CLIP = {"pixel_mean": [0.48145466, 0.4578275, 0.40821073], "pixel_std": [0.26862954, 0.26130258, 0.27577711]}
+HALF = {"pixel_mean": [0.5, 0.5, 0.5], "pixel_std": [0.5, 0.5, 0.5]}
+TEXT = {name: value for name, value in tiny.llm_config().items() if not name.endswith("token_id")}
+
+
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer with DeepSeek-VL's marks, which puts its begin token in front by itself."""
+    raw: Any = tiny.tokenizer()._tokenizer
+    raw.add_special_tokens([BEGIN, END, IMAGE])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BEGIN, eos_token=END, pad_token=END, image_token=IMAGE, clean_up_tokenization_spaces=False)
+
+
+def official_config(hybrid: bool = True, depth: int = 3) -> dict[str, Any]:
+    """config.json as the official program writes it; its towers stand in the configuration, because no released one is small."""
+    low: dict[str, Any] = {"model_name": "siglip_tiny", "image_size": 32, "select_feature": "same", "select_layer": -2, **HALF}
+    high = {"model_name": "sam_tiny", "image_size": 64, "select_feature": "same", "select_layer": -1, "ckpt_path": "", "output_dim": 16, **CLIP}
+    vision = {"cls": "HybridVisionTower", "params": {"high_res_cfg": high, "low_res_cfg": low, "concat_type": "tuple", "freeze_high": True, "freeze_low": True}}
+    aligner = {"projector_type": "low_high_hybrid_split_mlp_gelu", "depth": depth, "input_dim": 16, "n_embed": 32}
+    if not hybrid:
+        vision, aligner = {"cls": "CLIPVisionTower", "params": low}, aligner | {"projector_type": "mlp_gelu"}
+    return {
+        "model_type": "multi_modality",
+        "vision_config": vision | {"model_type": "vision"},
+        "aligner_config": {"cls": "MlpProjector", "model_type": "aligner", "params": aligner},
+        "language_config": TEXT,
+        "SAM_MODEL_CONFIG": {"sam_tiny": SAM},
+        "SigLIP_MODEL_CONFIG": {"siglip_tiny": SIGLIP},
+        "interpolate_size": [16, 16],
+    }
+
+
+def official_folder(folder: Path, hybrid: bool = True, config: dict[str, Any] | None = None, depth: int = 3, more: Mapping[str, Tensor] | None = None) -> VLM:
+    """A folder in official keys, with what the program stores and never reads; -> the model that it is of."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config or official_config(hybrid, depth)))
+    mean = CLIP["pixel_mean"] if hybrid else HALF["pixel_mean"]
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_size": 64 if hybrid else 32, "min_size": 14, "image_mean": mean, "do_normalize": False, "rescale_factor": 1 / 255})
+    )
+    words().save_pretrained(folder)
+    made = filled(model_of(hybrid, depth))
+    tower = "vision_model.vision_tower_low.vision_tower" if hybrid else "vision_model.vision_tower"
+    idle = {f"{tower}.attn_pool.latent": torch.zeros(1, 1, 16)} | ({"vision_model.high_layer_norm.weight": torch.ones(16)} if hybrid else {})
+    tensors = {**model_to_official(made.state_dict()), **idle, **(more or {})}
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return made
+
+
+def model_of(hybrid: bool, depth: int) -> VLM:
+    """The same model from parts of ours. select_layer -2 keeps two of three blocks."""
+    numbers = {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_act": "gelu",
+        "vision_use_head": False,
+    }
+    low = SigLIPSpec(config=numbers | {"layer_norm_eps": 1e-6})
+    encoder: Any = replace(low, fit="letterbox", official=True)
+    if hybrid:
+        sam = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_dim": 64, "image_size": 64, "patch_size": 8, "output_channels": 4, "window_size": 14}
+        encoder = HybridSpec(high=SAMSpec(config=sam | {"global_attn_indexes": [0, 2]}, downsample_channels=(8, 16), interpolate=(16, 16)), low=low)
+    connector = HybridMLPSpec(depth=depth) if hybrid else MLPSpec(depth=depth, level="final")
+    return build(VLMConfig.of(ModelSpec(encoder=encoder, connector=connector, llm=LLMSpec()), decoder_config(dict(TEXT)), len(words()) - 1))
+
+
+def filled(model: VLM) -> VLM:
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def asked() -> Sample:
+    picture = held(tiny.picture_bytes(tiny.picture(seed=1, size=(53, 21))))
+    return Sample("q", (Turn("user", (picture, "What is it?")),))
+
+
+def logits(model: VLM, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return cast(Tensor, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_official_keys_come_in_and_go_back(tmp_path: Path, hybrid: bool) -> None:
+    source = official_folder(tmp_path / "theirs", hybrid)
+    done = CliRunner().invoke(app, ["import", str(tmp_path / "theirs"), "--family", "deepseek_vl", "--out", str(tmp_path / "ours")])
+    assert done.exit_code == 0, done.output
+    assert f"{1 + hybrid} tensors that are never used were left out" in done.output and "prompt deepseek_vl" in done.output
+    model, processor = vlm.load(tmp_path / "ours")
+    assert model.spec.encoder == source.spec.encoder and model.spec.connector == source.spec.connector
+    assert processor.image_token_id == processor.tokenizer.convert_tokens_to_ids(IMAGE) == source.config.image_token_id
+    inputs = processor([asked()])
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 16 and inputs["input_ids"][0, 0] == processor.tokenizer.convert_tokens_to_ids(BEGIN)
+    assert torch.equal(logits(model.eval(), inputs), logits(source, inputs))
+    back = model_to_official(model.state_dict())
+    written = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert back.keys() == {name for name in written if "attn_pool" not in name and "layer_norm" not in name}
+    assert all(torch.equal(back[name], written[name]) for name in back)
+
+
+def test_a_single_tower_sees_pictures_as_the_official_program_does(tmp_path: Path) -> None:
+    official_folder(tmp_path / "theirs", hybrid=False)
+    spec = deepseek_read.read(tmp_path / "theirs").encoder
+    picture = tiny.picture(seed=2, size=(49, 33))
+    square = np.asarray(fit_square(picture, 32, (127, 127, 127), "trunc"), dtype=np.float32).transpose(2, 0, 1) / 255
+    assert np.abs(spec.preprocess(picture, "infer")["pixels"].numpy() - (square - 0.5) / 0.5).max() < 1e-5
+
+
+def test_strict_keys_and_settings(tmp_path: Path) -> None:
+    def refused(name: str, error: type[Exception], message: str, config: Any = None, more: Mapping[str, Tensor] | None = None) -> None:
+        official_folder(tmp_path / name, config=config, more=more)
+        with pytest.raises(error, match=message):
+            import_model(str(tmp_path / name), tmp_path / "out", "deepseek_vl")
+
+    unknown = {"vision_model.vision_tower_low.vision_tower.blocks.0.ls1": torch.ones(1)}
+    refused("unknown", CheckpointError, r"1 unexpected \(vision_model.vision_tower_low.vision_tower.blocks.0.ls1\)", more=unknown)
+    config = official_config()
+    config["language_config"] = config["language_config"] | {"num_hidden_layers": 3}
+    refused("deeper", CheckpointError, r"9 missing \(language_model.model.layers.2.input_layernorm.weight", config)
+    config = official_config()
+    config["vision_config"]["params"]["high_res_cfg"]["select_feature"] = "patch"
+    config["aligner_config"]["params"]["projector_type"] = "mlp_gelu"
+    refused("settings", ConfigurationError, "projector_type is 'mlp_gelu'.*select_feature is 'patch', and can be same", config)
+    config = official_config()
+    config["vision_config"]["params"]["low_res_cfg"]["model_name"] = "eva"
+    refused("tower", ConfigurationError, "nothing says what tower 'eva' is", config)
+    (tmp_path / "settings" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(CheckpointError, match="is no DeepSeek-VL.*'llama'"):
+        deepseek_read.read(tmp_path / "settings")
+
+
+@pytest.mark.parametrize("name", ["dsvl_model_hybrid", "dsvl_model_siglip"])
+def test_the_reference_models_come_in_whole(golden_folder: Path, tmp_path: Path, name: str) -> None:
+    case = Case(golden_folder / name)
+    (tmp_path / "config.json").write_text(json.dumps(case.description["config"]))
+    save_file(case.weights, tmp_path / "model.safetensors")
+    found = deepseek_read.read(tmp_path)
+    model, _ = read_model(found, case.description["config"]["image_id"])
+    expected, dropped = dsvl_model.loaded(case)
+    assert f"{len(dropped)} tensors that are never used" in found.notes[0]
+    own = expected.state_dict()
+    assert model.state_dict().keys() == own.keys() and all(torch.equal(tensor, own[key]) for key, tensor in model.state_dict().items())
+    assert model_to_official(own).keys() == case.weights.keys() - set(dropped)
+
+
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_native_classes_answer_alike_and_come_back(tmp_path: Path, hybrid: bool) -> None:
+    """Official -> ours -> transformers' class, in a fresh process with its own processor -> ours."""
+    source = official_folder(tmp_path / "theirs", hybrid, depth=2)
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours", "deepseek_vl")
+    name = "deepseek_vl_hybrid" if hybrid else "deepseek_vl"
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "ours"), "--to", name])
+    assert done.exit_code == 0, done.output
+    assert "transformers' rule instead of the official program's" in done.output and "over 4 prompts, greedy tokens equal" in done.output
+    native = tmp_path / "ours" / f"export-{name}"
+    old = {re.sub(r"^model\.vision_model\.", "model.vision_model.vision_model.", key): tensor for key, tensor in load_file(native / "model.safetensors").items()}
+    save_file({**old, "model.vision_model.vision_model.head.probe": torch.zeros(1, 1, 16)}, native / "model.safetensors", metadata={"format": "pt"})
+    report = import_model(str(native), tmp_path / "again", "deepseek_vl")
+    assert "1 tensors that are never used were left out (model.vision_model.vision_model.head.probe)" in report.notes
+    again, processor = vlm.load(tmp_path / "again")
+    own = source.state_dict()
+    assert again.state_dict().keys() == own.keys() and all(torch.equal(tensor, own[key]) for key, tensor in again.state_dict().items())
+    assert processor.prompt.spec.use == "deepseek_vl" and processor([asked()])["input_ids"].tolist() == vlm.load(tmp_path / "ours")[1]([asked()])["input_ids"].tolist()
+    rule = {"rounding": "round"} if hybrid else {"official": False}
+    encoder: Any = source.spec.encoder
+    fields = {
+        name: (getattr(again.spec.encoder, name), getattr(replace(encoder, **rule), name))
+        for name in ("rounding", "min_size", "resample", "official", "mean")
+        if hasattr(encoder, name)
+    }
+    assert all(got == expected for got, expected in fields.values()), fields
+
+
+def test_what_the_native_classes_do_not_have_is_named(tmp_path: Path) -> None:
+    official_folder(tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), tmp_path / "ours", "deepseek_vl")
+    with pytest.raises(ConfigurationError, match="cannot be exported as deepseek_vl_hybrid: model.connector.depth is 3, deepseek_vl_hybrid has 2"):
+        export_run(tmp_path / "ours", to="deepseek_vl_hybrid")
+    with pytest.raises(ConfigurationError, match="model.encoder is hybrid, deepseek_vl has siglip; model.connector is hybrid_mlp, deepseek_vl has mlp"):
+        export_run(tmp_path / "ours", to="deepseek_vl")
+    spec = model_of(True, 2).spec
+    fixed = HybridSpec(high=replace(spec.encoder.high, interpolate=(12, 12), downsample_channels=(6, 16)), low=spec.encoder.low)  # type: ignore[attr-defined]
+    found = HYBRID.obstacles(replace(spec, encoder=fixed), decoder_config(dict(TEXT)))
+    assert [line.split(" is ")[0] for line in found] == ["model.encoder.high.interpolate", "model.encoder.high.downsample_channels"]

@@ -1,0 +1,144 @@
+"""Export as transformers' own `DeepseekVLForConditionalGeneration` and `DeepseekVLHybridForConditionalGeneration` (deepseek_read.py reads their folders; systems/deepseek_vl.md, section 2.7)."""
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vlm.config import ModelSpec
+from vlm.encoders.hybrid import HybridSpec
+from vlm.errors import ConfigurationError
+from vlm.weights.deepseek_keys import native_name
+from vlm.weights.llava import DECODERS, chat_template, generation_settings, public_tokenizer, starts_row
+
+if TYPE_CHECKING:
+    from vlm.model import VLM
+    from vlm.processor import VLMProcessor
+
+__all__ = ["HYBRID", "SINGLE", "Family"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of the two classes. name: after `--to`."""
+
+    name: str
+    hybrid: bool
+    model_class: str
+
+    def obstacles(self, model: ModelSpec, text_config: Any) -> list[str]:
+        """All that keeps a model from being one; empty where nothing does."""
+        encoder, connector = model.encoder, model.connector
+        kept = [name for name, spec in model.adapt.items() if not spec.mergeable]  # the others are merged before they are written
+        use, projector = ("hybrid", "hybrid_mlp") if self.hybrid else ("siglip", "mlp")
+        found: list[tuple[bool, str, Any, Any]] = [
+            (encoder.use != use, "model.encoder", encoder.use, use),
+            (connector.use != projector, "model.connector", connector.use, projector),
+            (text_config.model_type not in DECODERS, "model.llm", text_config.model_type, " or ".join(DECODERS)),
+            (bool(kept), "model.adapt", ", ".join(kept), "a decoder without adaptations"),
+            (model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each"),
+            (connector.level != "final", "model.connector.level", connector.level, "final"),
+            (connector.then is not None, "model.connector.then", connector.then and connector.then.use, "a single connector"),
+        ]
+        if connector.use == projector:
+            depth, hidden, width = cast(Any, connector).depth, cast(Any, connector).hidden, text_config.hidden_size
+            found.append((depth != 2, "model.connector.depth", depth, 2))
+            found.append((hidden not in (None, width), "model.connector.hidden", hidden, f"the decoder's width, {width}"))
+        if isinstance(encoder, HybridSpec):
+            found += _pair(encoder)
+        elif encoder.use == "siglip":
+            fit = cast(Any, encoder).fit
+            found.append((fit != "letterbox", "model.encoder.fit", fit, "letterbox"))
+        return [f"{part} is {got}, {self.name} has {expected}" for bad, part, got, expected in found if bad]
+
+    def as_written(self, processor: "VLMProcessor") -> "tuple[VLMProcessor, str]":
+        """The processor with the class's own rule for pictures, and what that changes: the official program cuts sizes off and makes the low view before 8-bit rounding, the class does not."""
+        from vlm.processor import VLMProcessor
+
+        encoder: Any = processor.model.encoder
+        field, rule = ("rounding", "round") if isinstance(encoder, HybridSpec) else ("official", False)
+        if getattr(encoder, field) == rule:
+            return processor, ""
+        model = replace(processor.model, encoder=replace(encoder, **{field: rule}))
+        changed = "pictures are brought to size by transformers' rule instead of the official program's: short sides are rounded, where they were cut off"
+        return VLMProcessor(model, processor.width, processor.tokenizer, processor.prompt.spec, processor.policy), changed
+
+    def write(self, model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
+        """Model, configuration, processor and generation settings into `folder`, dtypes kept. processor: as `as_written` gives it.
+
+        Raises ConfigurationError where a part, the picture policy or the tokenizer cannot be expressed.
+        """
+        from huggingface_hub import save_torch_state_dict
+
+        if found := self.obstacles(model.spec, model.config.text_config):
+            raise ConfigurationError(f"this model cannot be exported as {self.name}: {'; '.join(found)}", cure="export a model of these parts, or load it through vlm")
+        if processor.policy != "native":
+            raise ConfigurationError(f"{self.name}'s image processor cannot express the picture policy {processor.policy!r}", expected="native")
+        exported = self._processor(processor)
+        folder.mkdir(parents=True, exist_ok=True)
+        tied = set(model._tied_weights_keys or ())
+        tensors = {native_name(name): tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+        save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+        self._config(model).save_pretrained(folder)
+        generation_settings(model, processor).save_pretrained(folder)
+        exported.save_pretrained(folder)
+
+    def _config(self, model: "VLM") -> Any:
+        from transformers import DeepseekVLConfig, DeepseekVLHybridConfig
+
+        encoder: Any = model.encoder
+        text = copy.deepcopy(model.config.text_config)
+        settings: dict[str, Any] = {"text_config": text, "image_token_id": model.config.image_token_id, "tie_word_embeddings": text.tie_word_embeddings, "dtype": model.dtype}
+        settings["architectures"] = [self.model_class]
+        if not self.hybrid:
+            return DeepseekVLConfig(vision_config=copy.deepcopy(encoder.tower.config), **settings)
+        return DeepseekVLHybridConfig(vision_config=copy.deepcopy(encoder.low.tower.config), high_res_vision_config=copy.deepcopy(encoder.high.trunk.config), **settings)
+
+    def _processor(self, processor: "VLMProcessor") -> Any:
+        from transformers import DeepseekVLHybridProcessor, DeepseekVLProcessor
+
+        token = cast(str, processor.tokenizer.convert_ids_to_tokens(processor.image_token_id))
+        tokenizer = public_tokenizer(processor.tokenizer, starts_row(processor.prompt), image_token=token)
+        tokenizer.chat_template = chat_template(processor.prompt, token)
+        kind = DeepseekVLHybridProcessor if self.hybrid else DeepseekVLProcessor
+        count = processor.layout(1, 1).count
+        return kind(_image_processor(processor.model.encoder), tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=count)
+
+
+def _pair(encoder: HybridSpec) -> list[tuple[bool, str, Any, Any]]:
+    """What the class fixes of both towers."""
+    low, channels = encoder.low_layout(), encoder.high.numbers()["output_channels"]
+    grid, widths = (4 * low.rows, 4 * low.columns), (2 * channels, 4 * channels)
+    return [
+        (encoder.low.use != "siglip", "model.encoder.low", encoder.low.use, "siglip"),
+        (encoder.concat != "tuple", "model.encoder.concat", encoder.concat, "tuple"),
+        (encoder.interpolated() != grid, "model.encoder.high.interpolate", encoder.interpolated(), f"four times the low grid, {grid}"),
+        (encoder.high.downsample_channels != widths, "model.encoder.high.downsample_channels", encoder.high.downsample_channels, widths),
+    ]
+
+
+def _image_processor(encoder: Any) -> Any:
+    """Pixels are Pillow's: load with `backend="pil"` where they must be reproduced to the last bit."""
+    from transformers import DeepseekVLHybridImageProcessorPil, DeepseekVLImageProcessorPil
+
+    if not isinstance(encoder, HybridSpec):
+        return DeepseekVLImageProcessorPil(size=_square(encoder.size), image_mean=list(encoder.mean), image_std=list(encoder.std))
+    low = encoder.low_tower
+    return DeepseekVLHybridImageProcessorPil(
+        size=_square(low.size),
+        high_res_size=_square(encoder.size),
+        resample={"bilinear": 2, "bicubic": 3}[encoder.resample],
+        min_size=encoder.min_size,
+        image_mean=list(low.mean),
+        image_std=list(low.std),
+        high_res_image_mean=list(encoder.high.mean),
+        high_res_image_std=list(encoder.high.std),
+    )
+
+
+def _square(size: int) -> dict[str, int]:
+    return {"height": size, "width": size}
+
+
+SINGLE = Family("deepseek_vl", False, "DeepseekVLForConditionalGeneration")
+HYBRID = Family("deepseek_vl_hybrid", True, "DeepseekVLHybridForConditionalGeneration")
