@@ -245,7 +245,7 @@ class VLM(PreTrainedModel, GenerationMixin):
     def _never_said(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """`suppress_tokens` as a mask made once: transformers looks the ids up in every step, and there are thousands of a padded vocabulary."""
         settings = copy.copy(kwargs.get("generation_config") or self.generation_config)
-        named, settings.suppress_tokens = kwargs.pop("suppress_tokens", None) or settings.suppress_tokens, None
+        named, settings.suppress_tokens = kwargs.pop("suppress_tokens", None) or settings.suppress_tokens, []  # None would be filled in from the model's own
         if not named:
             return {}
         mask = torch.zeros(self.config.text_config.vocab_size, dtype=torch.bool)

@@ -108,6 +108,21 @@ def test_field_serve_several_eos(field_folder: Path) -> None:
         assert decode(processor.tokenizer, generated) == expected["text"]
 
 
+def test_what_is_never_said_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own processor looks thousands of ids of a padded vocabulary up in every step (benchmarks/generation.py)."""
+    from transformers.generation import utils
+
+    model, processor = saying([5, 6, 7, 8])
+    prepare(model, processor)
+    model.generation_config.suppress_tokens = [6, 7]
+    looked_up: list[Any] = []
+    made_by = utils.SuppressTokensLogitsProcessor
+    monkeypatch.setattr(utils, "SuppressTokensLogitsProcessor", lambda ids, **more: (looked_up.extend(ids), made_by(ids, **more))[1])
+    said = model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=3)
+    assert not {6, 7} & set(said[0].tolist()) and looked_up == []
+    assert model.generation_config.suppress_tokens == [6, 7]
+
+
 def test_a_saved_folder_carries_stop_ids_and_what_is_never_said(tmp_path: Path) -> None:
     model, processor = made()
     model.llm.generation_config = GenerationConfig(eos_token_id=[7])  # an ordinary word, which somebody wants to end answers
