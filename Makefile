@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c constraints.txt "torch==2.13.0" -e ".[all,dev]"
 	@touch $@
 
-demo: $(INSTALLED) ## train a small VLM on drawn scenes, score it, ask it, export it: about 8 minutes on 2 cores
+demo: $(INSTALLED) ## train a small VLM on drawn scenes, score it, ask it, export it: some 6 minutes on 2 cores
 	@$(BIN)/vlm demo $(ARGS)
 
 test: $(INSTALLED) ## unit tests and golden cases, on WORKERS processes

@@ -14,15 +14,8 @@ from typing import Any
 __all__ = ["Block", "Result", "compare", "noise", "run"]
 
 THREADS = 2
-SETTINGS = {
-    # glibc gives every large block back to the kernel, and the next step pays page faults for it. Read when a process starts.
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "1073741824",
-    "MALLOC_TOP_PAD_": "67108864",
-    "OMP_NUM_THREADS": str(THREADS),
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-}
+SETTINGS = {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+"""Read when a process starts."""
 
 Block = Callable[[int], tuple[float, float] | None]
 """The work that is timed. It is handed the number of the pair, so that both sides of a pair work on the same samples.
@@ -91,8 +84,9 @@ def run(measure: Callable[[Any], Iterable[Result]], sizes: Any, tiny: Any) -> No
     import torch
     import transformers
 
-    import vlm  # noqa: F401  puts the torchvision cure in place before transformers imports it
+    from vlm.train.engine import keep_memory  # vlm puts the torchvision cure in place before transformers imports it
 
+    keep_memory()  # for both sides, as training has it
     torch.set_num_threads(THREADS)
     setting = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": THREADS, "dtype": "float32", "sizes": asdict(sizes)}
     print("  ", ", ".join(f"{name} {value}" for name, value in setting.items()), flush=True)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from _corpus import corpus
 from _paired import Block, Result, compare, noise, run
-from _sides import NARROW, Ours, Theirs, Width, corpus
+from _sides import NARROW, Ours, Theirs, Width
 
 from vlm.generate import prepare
 

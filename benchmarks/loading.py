@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from _corpus import corpus
 from _paired import Result, run
-from _sides import NARROW, Width, corpus, run_of
+from _sides import NARROW, Width, run_of
 
 import vlm
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _corpus import Corpus, corpus
 from _memory import peak
 from _paired import Result, run
-from _sides import NARROW, Corpus, Ours, Theirs, Width, corpus
+from _sides import NARROW, Ours, Theirs, Width
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from _paired import Result, compare, noise, run
 from PIL import Image
 
 from vlm.data import readers
-from vlm.data.convert import Question, llava_record
+from vlm.data.scenes import Question, llava_record
 from vlm.data.shards import ShardWriter
 
 

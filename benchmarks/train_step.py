@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _corpus import Corpus, corpus
 from _paired import Block, Result, compare, noise, run
-from _sides import NARROW, Corpus, Ours, Theirs, Width, check_equal, corpus
+from _sides import NARROW, Ours, Theirs, Width, check_equal
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """A run's reports in `eval/`: where each lies, and what its figures are about. No model."""
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vlm.data.base import Reader, Source
 from vlm.errors import ConfigurationError
 from vlm.eval.score import MATCHER
 from vlm.schema import to_plain
@@ -26,15 +26,14 @@ def report_file(folder: Path, name: str, stage: str | None = None, *, own: bool 
     return folder / "eval" / called if own else folder / "eval" / "files" / called
 
 
-def scored(source: Any, reader: Any, *, stage: str | None = None, limit: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
+def scored(source: Source, reader: Reader[Any], *, stage: str | None = None, limit: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
     """What the figures of one model are about: two reports where this is equal hold the same figures. For JSON.
 
-    source: a data source; its local paths are written absolute. reader: what it opens. sha256: `file_hash()` of the data; pictures that lie beside them are not read for it.
+    source: its local paths are written absolute. reader: what it opens. sha256: `file_hash()` of the data; pictures that lie beside them are not read for it.
     """
-    plain = to_plain(source)
-    local = {key: os.path.abspath(path) for key in ("file", "images") if isinstance(path := plain.get(key), str) and "://" not in path}
+    plain = to_plain(source.absolute())
     return {
-        "source": {"reader": plain.pop("use"), **plain, **local},
+        "source": {"reader": plain.pop("use"), **plain},
         "sha256": reader.file_hash(),
         "stage": stage,
         "limit": limit,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from vlm.eval.score import MATCHER, Question, matches, questions, shares
 from vlm.generate import SORTED_TOGETHER, Answer, answer_all, stop_ids
 from vlm.loading import load
 from vlm.train.config import RunSpec
+from vlm.whole import write_whole
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -84,7 +84,7 @@ def evaluate(
     for name, found in asked.items():
         about = {"run": spec.name if spec else folder.name, "stage": stage, "limit": limit}
         results[name] = {**about, **_result(model, processor, name, found, learned, batch_size, subjects[name])}
-        _write(reports[name], results[name])
+        write_whole(reports[name], json.dumps(results[name], indent=1, ensure_ascii=False))
         Console().print(table(name, results[name]))
     return results
 
@@ -121,7 +121,7 @@ def _training_answers(spec: RunSpec, kinds: set[str]) -> TrainingAnswers:
     """What the last stage answered; of kinds that it does not have, what the last stage answered that does."""
     learned, missing = TrainingAnswers(), set(kinds)
     for place, stage in enumerate(reversed(list(spec.stages.values()))):
-        for name in [stage.data] if isinstance(stage.data, str) else stage.data:
+        for name in stage.sources:
             for sample in _spread(spec.data[name].open(), None):
                 for question in questions(sample):
                     if not place or question.kind in missing:
@@ -197,7 +197,7 @@ def protocol(model: "VLM", processor: "VLMProcessor", subject: Mapping[str, Any]
         "prompt": asdict(processor.prompt.spec),
         "template": processor.prompt.template.chat,
         "system": processor.prompt.template.system if processor.prompt.spec.system is None else processor.prompt.spec.system,
-        "pictures": {"policy": processor.policy, "official": processor.official_pictures},
+        "pictures": processor.picture_policy,
         "decoding": {"greedy": True, "stop_ids": stop_ids(model, processor)},
     }
     return {**facts, "hash": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()}
@@ -222,10 +222,3 @@ def table(name: str, result: Mapping[str, Any]) -> Table:
 
 def _cells(values: Mapping[str, Any]) -> list[str]:
     return [str(values["n"]), *("-" if values[column] is None else f"{100 * values[column]:.1f}" for column in COLUMNS)]
-
-
-def _write(file: Path, result: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".part")
-    beside.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(beside, file)

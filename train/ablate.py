@@ -21,8 +21,7 @@ from vlm.errors import ConfigurationError, EnvironmentProblem, VLMError
 from vlm.eval.report import report_file, scored
 from vlm.train.comparison import Comparison, Run, Scores
 from vlm.train.config import RunSpec
-from vlm.train.folder import absolute, open_folder, run_folder
-from vlm.train.forms import sources_of
+from vlm.train.folder import absolute, open_folder
 
 __all__ = ["Trial", "plan", "run_ablation", "values"]
 
@@ -44,7 +43,7 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        return run_folder(self.run)
+        return self.run.folder
 
     @property
     def begun(self) -> bool:
@@ -59,7 +58,7 @@ def run_ablation(config: str | Path, overrides: Sequence[str], vary: Sequence[st
 
     Args:
         vary: KEY=VALUE,VALUE,... each; together they span a grid, of which the first setting is what the others are compared with. None: the configuration alone, with its spread over seeds.
-        seeds: how many, from the configuration's own on. evaluate: scores a finished run's folder by the `eval` of `run=` (`vlm.evaluate`). out: the folder of all runs; default RUNS/NAME-ablation.
+        seeds: how many, from the configuration's own on. evaluate: scores a finished run's folder by the `eval` of `run=` (`vlm.evaluate`, which training knows nothing of but its reports). out: the folder of all runs; default RUNS/NAME-ablation.
 
     Raises ConfigurationProblems with everything that `vlm check` finds wrong with any setting, before the first run; EnvironmentProblem under a launcher of several processes.
     """
@@ -187,10 +186,7 @@ def _check(config: str, trials: Sequence[Trial], finished: Collection[str]) -> N
     if not found:
         return
     everywhere = len(checked)
-    told = [
-        problem if len(where) == everywhere else type(problem)(f"with {' / '.join(where)}: {problem.what}", got=problem.got, expected=problem.expected, cure=problem.cure)
-        for problem, where in found.values()
-    ]
+    told = [problem if len(where) == everywhere else problem.changed(what=f"with {' / '.join(where)}: {problem.what}") for problem, where in found.values()]
     raise ConfigurationProblems(told, f"the ablation of {config}")
 
 
@@ -202,7 +198,7 @@ def _remarks(trials: Sequence[Trial]) -> list[str]:
 
 def _order(run: RunSpec) -> list[Any]:
     """What the order of samples depends on, beside the seed."""
-    return [(stage.data if isinstance(stage.data, str) else list(stage.data.items()), stage.batch, [run.data[name] for name in sources_of(stage)]) for stage in run.stages.values()]
+    return [(stage.data if isinstance(stage.data, str) else list(stage.data.items()), stage.batch, [run.data[name] for name in stage.sources]) for stage in run.stages.values()]
 
 
 # ---- one run -------------------------------------------------------------------------------------------------------------

@@ -3,12 +3,12 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm.data.problems import kind_of
 from vlm.errors import DataError
+from vlm.whole import keep_records, records
 
 __all__ = ["BadSamples", "allowed"]
 
@@ -32,8 +32,7 @@ class BadSamples:
     def opened(self, sources: Mapping[str, Any]) -> None:
         """Write down what readers left out when they were opened, as step 0. Raises DataError where that is above the budget."""
         for name, reader in sources.items():
-            left_out: Iterable[DataError] = getattr(reader, "bad", ())
-            bad = [{"source": name, "kind": kind_of(problem), "reason": str(problem)} for problem in left_out]
+            bad = [{"source": name, "kind": problem.kind, "reason": str(problem)} for problem in reader.bad]
             if self.rank == 0:
                 self.add(0, bad)
             if len(bad) > allowed(self.budget, len(reader) + len(bad)):
@@ -41,12 +40,9 @@ class BadSamples:
 
     def rewind(self, step: int) -> None:
         """Forget this stage's lines but those of steps 1 to `step`, and count these. Called on all ranks, which then wait for one another."""
-        kept = [line for line in self._lines() if line["stage"] != self.stage or 0 < line["step"] <= step]
-        self.count = sum(line["stage"] == self.stage for line in kept)
-        if self.rank == 0 and self.file.exists():
-            partial = self.file.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            partial.replace(self.file)
+        self.count = sum(0 < record["step"] <= step for record in self._own())
+        if self.rank == 0:
+            keep_records(self.file, lambda record: record["stage"] != self.stage or 0 < record["step"] <= step)
 
     def add(self, step: int, entries: list[dict[str, Any]]) -> None:
         """Write down this rank's bad samples of a step."""
@@ -58,13 +54,11 @@ class BadSamples:
         """count: bad samples of this step over all ranks. Raises DataError on every rank once they are more than the budget allows."""
         self.count += count
         if self.count > allowed(self.budget, self.samples):
-            kinds = Counter(line["kind"] for line in self._lines() if line["stage"] == self.stage and line["step"])
+            kinds = Counter(record["kind"] for record in self._own() if record["step"])
             self._stop(f"stage {self.stage} at step {step}", self.count, self.samples, kinds)
 
-    def _lines(self) -> list[dict[str, Any]]:
-        if not self.file.is_file():
-            return []
-        return [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    def _own(self) -> list[dict[str, Any]]:
+        return [record for record in records(self.file) if record["stage"] == self.stage]
 
     def _stop(self, where: str, count: int, samples: int, kinds: Counter[str]) -> None:
         raise DataError(

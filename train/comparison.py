@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from vlm.whole import write_whole
 
 __all__ = ["Comparison", "Run", "Scores", "interval"]
 
@@ -126,11 +127,8 @@ class Comparison:
 
     def write(self) -> None:
         """ablation.json and ablation.md, each whole or as it was."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (("ablation.json", json.dumps(self.plain(), indent=1, ensure_ascii=False)), ("ablation.md", self.markdown())):
-            beside = self.folder / f"{name}.part"
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, self.folder / name)
+        write_whole(self.folder / "ablation.json", json.dumps(self.plain(), indent=1, ensure_ascii=False))
+        write_whole(self.folder / "ablation.md", self.markdown())
 
 
 def _mean(rows: Iterable[Mapping[str, Any]], name: str) -> float | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 from vlm.config import ModelSpec
@@ -119,6 +120,20 @@ class StageSpec:
     checkpointing: bool = False
     deepspeed: Mapping[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 0}}, metadata={"group": "deepspeed"})
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the data sources."""
+        return (self.data,) if isinstance(self.data, str) else tuple(self.data)
+
+    @property
+    def zero(self) -> int:
+        """The ZeRO stage that `deepspeed` says, 0 where it says nothing of it. Raises ConfigurationError for anything but 0 to 3."""
+        zero = self.deepspeed.get("zero_optimization", {"stage": 0})
+        level = zero.get("stage") if isinstance(zero, Mapping) else None
+        if level not in (0, 1, 2, 3):
+            raise ConfigurationError("no ZeRO stage is given", got=f"zero_optimization {zero!r}", expected="stage 0, 1, 2 or 3", cure="name a file of configs/deepspeed")
+        return int(level)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
@@ -138,3 +153,8 @@ class RunSpec:
     bad_budget: float = 0.01
     save: SaveSpec = field(default_factory=SaveSpec)
     log_every: int = 10
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lies."""
+        return Path(self.runs) / self.name

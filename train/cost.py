@@ -22,7 +22,7 @@ from vlm.loading import build, form
 from vlm.model import VLM
 from vlm.processor import VLMProcessor
 from vlm.train.config import RunSpec, StageSpec
-from vlm.train.forms import sources_of, stage_mixture
+from vlm.train.forms import stage_mixture
 from vlm.train.optim import Group, plan
 from vlm.train.steps import accumulation
 
@@ -71,8 +71,8 @@ class Length:
 def length(run: RunSpec, index: int, sizes: Mapping[str, int | None]) -> Length:
     """Steps, samples and epochs of a stage. sizes: samples per source, None where nobody knows. Raises ConfigurationError."""
     stage = list(run.stages.values())[index]
-    known = {name: size for name in sources_of(stage) if (size := sizes.get(name)) is not None}
-    if len(known) < len(sources_of(stage)):
+    known = {name: size for name in stage.sources if (size := sizes.get(name)) is not None}
+    if len(known) < len(stage.sources):
         return Length(stage.steps, None if stage.steps is None else stage.steps * stage.batch, stage.epochs)
     mixture = stage_mixture(run, index, known)
     return Length(mixture.steps, mixture.samples, mixture.samples / sum(known.values()))
@@ -293,6 +293,5 @@ def _sizes(sample: Sample, found: Scan, headers: float) -> dict[Picture, tuple[i
         try:
             sizes[picture] = upright_size(picture.read() if picture.size is not None or picture.data is not None else picture.path, where=sample.where)
         except DataError as problem:
-            got = f"{picture.path}" + (f", {problem.got}" if problem.got is not None else "")
-            raise DataError(problem.what, got=got, expected=problem.expected, cure=problem.cure) from problem
+            raise problem.changed(got=picture.path + (f", {problem.got}" if problem.got is not None else "")) from problem
     return sizes

@@ -15,7 +15,7 @@ from torch import nn
 from vlm.errors import ConfigurationError, EnvironmentProblem
 from vlm.train.config import StageSpec
 
-__all__ = ["Engine", "connect", "deepspeed_config", "precision_of"]
+__all__ = ["Engine", "connect", "deepspeed_config", "keep_memory", "precision_of"]
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Of glibc's malloc.h."""
@@ -29,7 +29,7 @@ def connect() -> tuple[int, int, torch.device]:
     import deepspeed
 
     if not torch.cuda.is_available():
-        _keep_memory()
+        keep_memory()
         # On CPU DeepSpeed compiles an all-reduce with the system's compiler at the first initialise, and dies where there is none; gloo does without.
         from deepspeed.ops import __compatible_ops__
 
@@ -45,8 +45,8 @@ def connect() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def _keep_memory() -> None:
-    """Tell glibc to keep the big blocks that it else returns to the kernel and asks for again in every step (benchmarks/train_step.py)."""
+def keep_memory() -> None:
+    """Tell glibc to keep the big blocks that it else returns to the kernel and asks for again in every step, at the price of page faults (benchmarks/train_step.py)."""
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
@@ -67,8 +67,8 @@ def deepspeed_config(stage: StageSpec, dtype: torch.dtype) -> dict[str, Any]:
     Accumulation is not DeepSpeed's to count: packed steps differ in their number of micro-batches, and `Engine.last` tells it which is the last.
     """
     config = {key: dict(value) if isinstance(value, Mapping) else value for key, value in stage.deepspeed.items()}
-    zero = config.setdefault("zero_optimization", {"stage": 0})["stage"]
-    if dtype == torch.bfloat16 and zero == 0:
+    config.setdefault("zero_optimization", {"stage": 0})
+    if dtype == torch.bfloat16 and not stage.zero:
         raise ConfigurationError(
             "bf16 at ZeRO 0 rounds differently from ZeRO 1 to 3", got="deepspeed: zero0 with precision bf16", cure="use deepspeed: zero1 or higher, or precision: fp32"
         )
@@ -125,13 +125,13 @@ class Engine:
         norm = self._norm if self._norm_is_ours else self.inner.get_global_grad_norm()
         return None if norm is None else float(norm)
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Sums over all ranks, in double precision."""
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over all ranks, in double precision. Called on all ranks, with the same names in the same order."""
         if self.ranks == 1:
-            return values
-        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return dict(values)
+        packed = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(packed)
-        return packed.tolist()
+        return dict(zip(values, packed.tolist(), strict=True))
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank has, by rank. Called on all ranks."""

@@ -1,13 +1,15 @@
 """What `vlm check` found, and how it is printed."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from vlm.composition import ConfigurationProblems
-from vlm.errors import VLMError
+from vlm.errors import ConfigurationError, VLMError
 from vlm.train import cost
 from vlm.train.ledger import print_ledger
 from vlm.train.optim import Group
@@ -47,7 +49,7 @@ class StageReport:
 
 @dataclass
 class Report:
-    """What `check_run` found. problems: each keeps the run from training as it is written. exports: family -> public class, or why not."""
+    """What `check_run` found. problems: each keeps the run from training as it is written. wrong: paths that have one. exports: family -> public class, or why not."""
 
     name: str
     stages: list[StageReport] = field(default_factory=list)
@@ -56,6 +58,7 @@ class Report:
     not_checked: list[str] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)
     exports: dict[str, str] = field(default_factory=dict)
+    wrong: set[str] = field(default_factory=set)
 
     @property
     def ok(self) -> bool:
@@ -81,11 +84,31 @@ class Report:
         count = len(self.problems)
         console.print(Text(f"{self.name}: {count or 'no'} {'problem' if count == 1 else 'problems'}", style="bold red" if count else "bold green"))
 
-    def _add(self, problem: VLMError) -> None:
+    def add(self, problem: VLMError) -> None:
+        """A problem, once."""
         if str(problem) not in map(str, self.problems):
             self.problems.append(problem)
 
-    def _leave(self, line: str) -> None:
+    @contextmanager
+    def at(self, path: str) -> Iterator[None]:
+        """A problem inside belongs to `path`."""
+        try:
+            yield
+        except ConfigurationProblems as several:
+            self.refuse(path, several.what)
+        except VLMError as problem:
+            self._add_at(path, problem)
+
+    def refuse(self, path: str, what: str, *, kind: type[VLMError] = ConfigurationError, **sides: Any) -> None:
+        """A problem of what stands at `path`."""
+        self._add_at(path, kind(what, **sides))
+
+    def _add_at(self, path: str, problem: VLMError) -> None:
+        self.wrong.add(path)
+        self.add(problem.changed(what=f"{path}: {problem.what}"))
+
+    def leave(self, line: str) -> None:
+        """What was not checked, once."""
         if line not in self.not_checked:
             self.not_checked.append(line)
 

@@ -1,4 +1,4 @@
-"""A run's folder: what it is called, what lies in it before the first step and after the last, and whether it may be gone on with."""
+"""A run's folder: what lies in it before the first step and after the last, and whether it may be gone on with."""
 
 import json
 import os
@@ -19,14 +19,9 @@ from vlm.connectors.base import ConnectorSpec
 from vlm.errors import CheckpointError, ConfigurationError, DataError
 from vlm.train.checkpoint import tree_hash
 from vlm.train.config import RunSpec
-from vlm.train.forms import sources_of
+from vlm.whole import write_whole
 
-__all__ = ["absolute", "fingerprint", "open_folder", "run_folder", "steps_of", "write_export"]
-
-
-def run_folder(run: RunSpec) -> Path:
-    """Where a run lies."""
-    return Path(run.runs) / run.name
+__all__ = ["absolute", "fingerprint", "open_folder", "steps_of", "write_export"]
 
 
 def absolute(run: RunSpec) -> RunSpec:
@@ -45,7 +40,7 @@ def absolute(run: RunSpec) -> RunSpec:
     adapt = {name: folders(spec, "path") for name, spec in run.model.adapt.items()}
     encoder = run.model.encoder.with_towers(lambda tower: folders(tower, "path"))
     model = replace(run.model, encoder=encoder, connector=connector(run.model.connector), llm=folders(run.model.llm, "path", "tokenizer"), adapt=adapt)
-    return replace(of(run, "data_root", "runs", "start"), model=model, data={name: of(spec, "file", "images") for name, spec in run.data.items()})
+    return replace(of(run, "data_root", "runs", "start"), model=model, data={name: spec.absolute() for name, spec in run.data.items()})
 
 
 def fingerprint(run: RunSpec) -> str:
@@ -60,9 +55,9 @@ def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
     """
     if not (folder / "config.yaml").is_file() or (not resume and not _begun(folder)):
         (folder / "resume").mkdir(parents=True, exist_ok=True)
-        _write(folder / "environment.json", json.dumps(_environment(), indent=1))
-        _write(folder / "manifest.json", json.dumps(_manifest(run), indent=1))
-        _write(folder / "config.yaml", yaml.safe_dump(resolved(run), sort_keys=False, allow_unicode=True))
+        write_whole(folder / "environment.json", json.dumps(_environment(), indent=1))
+        write_whole(folder / "manifest.json", json.dumps(_manifest(run), indent=1))
+        write_whole(folder / "config.yaml", yaml.safe_dump(resolved(run), sort_keys=False, allow_unicode=True))
         return
     if not resume:
         raise ConfigurationError(f"the run folder {folder} exists already", cure="add --resume to go on, or give the run another name (name=NAME)")
@@ -87,13 +82,9 @@ def _begun(folder: Path) -> bool:
     return any((folder / "stages").glob("*")) or any((folder / "resume").glob("step-*")) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")
-
-
 def _manifest(run: RunSpec) -> dict[str, Any]:
     """Which data in which order: files, hashes, sizes, the seed of the order; and whose run it is."""
-    used = dict.fromkeys(source for stage in run.stages.values() for source in sources_of(stage))
+    used = dict.fromkeys(source for stage in run.stages.values() for source in stage.sources)
     readers = {name: run.data[name].open() for name in used}
     sources = {name: {"file": run.data[name].file, "sha256": reader.file_hash(), "samples": len(reader)} for name, reader in readers.items()}
     return {"fingerprint": fingerprint(run), "seed": run.seed, "sources": sources}

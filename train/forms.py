@@ -1,14 +1,19 @@
-"""What a run means in one of its stages: which sources in which order, and the model's form."""
+"""What a run means in one of its stages: its sources in which order, the model's form, and who makes its rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
 
 from vlm.config import ModelSpec
 from vlm.data.mixture import Mixture
+from vlm.processor import VLMProcessor
 from vlm.train.config import RunSpec, StageSpec
 
-__all__ = ["blocks_of", "model_at", "sources_of", "stage_mixture"]
+__all__ = ["blocks_of", "model_at", "stage_mixture", "stage_processor"]
+
+P = TypeVar("P", bound=VLMProcessor)
 
 
 def stage_mixture(run: RunSpec, index: int, sizes: Mapping[str, int], blocks: Mapping[str, Sequence[int]] | None = None) -> Mixture:
@@ -21,11 +26,12 @@ def stage_mixture(run: RunSpec, index: int, sizes: Mapping[str, int], blocks: Ma
 
 def blocks_of(readers: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     """Samples per shard of those readers that are streamed."""
-    return {name: blocks for name, reader in readers.items() if (blocks := getattr(reader, "blocks", None)) is not None}
+    return {name: reader.blocks for name, reader in readers.items() if reader.blocks is not None}
 
 
-def sources_of(stage: StageSpec) -> tuple[str, ...]:
-    return (stage.data,) if isinstance(stage.data, str) else tuple(stage.data)
+def stage_processor(kind: type[P], stage: StageSpec, model: ModelSpec, width: int, tokenizer: PreTrainedTokenizerBase) -> P:
+    """The processor of a stage. kind: whether it makes rows or only sizes them. width: the decoder's hidden size."""
+    return kind(model, width, tokenizer, stage.prompt, stage.images.use, stage.images.official, stage.images.tiling)
 
 
 def model_at(run: RunSpec, index: int) -> ModelSpec:

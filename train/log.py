@@ -1,7 +1,6 @@
 """What a run says while it goes: a progress line, metrics.jsonl, the same numbers for TensorBoard, and the loss curve."""
 
 import json
-import resource
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from vlm.whole import keep_records
 
 __all__ = ["Log", "draw_curve"]
 
@@ -35,10 +36,7 @@ class Log:
             self._board_asked, self._board = True, self._open_board(total)
         self._file.close()
         path = self.folder / "metrics.jsonl"
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["total"] <= total]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        keep_records(path, lambda record: record["total"] <= total)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def _open_board(self, total: int) -> Any:
@@ -115,15 +113,6 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and f"{prefix}{key}" not in ("step", "total"):
             yield f"{prefix}{key}", value
-
-
-def peak_memory() -> float:
-    """Largest memory of this process so far, GiB: the GPU's where there is one."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def draw_curve(folder: Path) -> Path | None:

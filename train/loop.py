@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from vlm.llm.context import Unit
 from vlm.train.bad import BadSamples
 from vlm.train.config import StageSpec
 from vlm.train.engine import Engine
-from vlm.train.log import Log, peak_memory
+from vlm.train.log import Log
+from vlm.train.memory import peak_memory
 from vlm.train.schedule import factor
 from vlm.train.steps import MicroBatch, Step
 
@@ -31,7 +32,6 @@ def run_steps(
     start: int,
     total_before: int,
     count: int,
-    sources: tuple[str, ...],
     log: Log,
     bad: BadSamples,
     after: Callable[[int], None],
@@ -44,7 +44,7 @@ def run_steps(
         before = time.perf_counter()
         for step in steps:
             fetched = time.perf_counter()
-            record = one_step(engine, step, stage, count, sources)
+            record = one_step(engine, step, stage, count, stage.sources)
             bad.add(step.number + 1, step.skipped)
             done = time.perf_counter()
             head = {"stage": name, "step": step.number + 1, "total": total_before + step.number + 1}
@@ -60,67 +60,68 @@ def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: 
     """One optimizer update. The loss is summed over the step's supervised tokens and divided by their number over all ranks and micro-batches. Returns what is written down."""
     micro_batches = step.micro_batches
     plan = float(step.plan)
-    counts = engine.sum([plan, plan**2, float(sum(micro.supervised for micro in micro_batches)), *(float(sum(micro.units[unit] for micro in micro_batches)) for unit in UNITS)])
-    if engine.ranks * counts[1] != counts[0] ** 2:  # equality holds for equal numbers only
+    units = {unit: float(sum(micro.units[unit] for micro in micro_batches)) for unit in UNITS}
+    counts = engine.sum({"plan": plan, "plan_squared": plan**2, "supervised": float(sum(micro.supervised for micro in micro_batches)), **units})
+    if engine.ranks * counts["plan_squared"] != counts["plan"] ** 2:  # equality holds for equal numbers only
         raise DataError(
             f"the ranks do not see the same samples at step {step.number + 1}, so they would pack different rows",
             expected="data files that every rank can read, with the same content",
             cure="look for files that are missing or cut on one machine; addresses may answer once and not the next time: fetch such pictures first",
         )
-    supervised, units = counts[2], dict(zip(UNITS, counts[3:], strict=True))
+    supervised = counts["supervised"]
     if not supervised:
         raise DataError(f"step {step.number + 1} has no supervised token on any rank", cure="check the data with `vlm check`, and max_length")
     share = factor(stage.schedule, step.number, count)
     engine.set_rates(share)
-    sums = {source: [0.0, 0.0, 0.0] for source in sources}
-    modality = {"vision": 0.0, "text": 0.0}
-    auxiliary: dict[str, float] = {}
+    names = [f"{figure}/{source}" for figure in ("loss", "supervised", "samples") for source in sources]
+    figures = dict.fromkeys([*names, "modality/vision", "modality/text"], 0.0)
     for micro in micro_batches:
         engine.last(micro is micro_batches[-1])
         output = engine.forward(micro.to(engine.device))
         loss = output.loss_sum / supervised
         for (part, _), extra in output.auxiliary.items():
-            term = extra.coefficient * extra.sum / max(1.0, units[extra.unit])
-            auxiliary[part] = auxiliary.get(part, 0.0) + float(term.detach())
+            term = extra.coefficient * extra.sum / max(1.0, counts[extra.unit])
+            figures[f"auxiliary/{part}"] = figures.get(f"auxiliary/{part}", 0.0) + float(term.detach())
             loss = loss + term
         _check_finite(loss, output, micro, step.number)
         engine.backward(loss)
         engine.step()
         for source, kind, row_loss, row_count in zip(micro.sources, micro.modalities, output.document_losses.tolist(), output.document_counts.tolist(), strict=False):
-            sums[source] = [have + new for have, new in zip(sums[source], (row_loss, row_count, 1.0), strict=True)]
-            modality[kind] += 1
-    return _record(engine, step, sums, modality, auxiliary, units, supervised, share)
+            for figure, value in ((f"loss/{source}", row_loss), (f"supervised/{source}", row_count), (f"samples/{source}", 1.0), (f"modality/{kind}", 1.0)):
+                figures[figure] += value
+    return _record(engine, step, figures, counts, share)
 
 
-def _record(
-    engine: Engine, step: Step, sums: dict[str, list[float]], modality: dict[str, float], auxiliary: dict[str, float], units: dict[Unit, float], supervised: float, share: float
-) -> dict[str, Any]:
-    flat = engine.sum([*(value for triple in sums.values() for value in triple), *modality.values(), *auxiliary.values(), float(len(step.skipped)), float(len(step.notes))])
-    triples = [flat[index : index + 3] for index in range(0, 3 * len(sums), 3)]
-    rest = flat[3 * len(sums) :]
-    samples = sum(rows for _, _, rows in triples)
+def _record(engine: Engine, step: Step, figures: Mapping[str, float], counts: Mapping[str, float], share: float) -> dict[str, Any]:
+    """figures: this rank's sums, `samples/SOURCE` and the like; counts: over all ranks."""
+    total = engine.sum({**figures, "skipped": float(len(step.skipped)), "notes": float(len(step.notes))})
+    loss, supervised, samples, modality, auxiliary = (_below(total, name) for name in ("loss", "supervised", "samples", "modality", "auxiliary"))
+    drawn = sum(samples.values())
     record: dict[str, Any] = {
-        "loss": sum(loss for loss, _, _ in triples) / supervised,
-        "tokens": int(units["token"]),
-        "vision_tokens": int(units["vision_token"]),
-        "supervised": int(supervised),
-        "samples": int(samples),
+        "loss": sum(loss.values()) / counts["supervised"],
+        "tokens": int(counts["token"]),
+        "vision_tokens": int(counts["vision_token"]),
+        "supervised": int(counts["supervised"]),
+        "samples": int(drawn),
         "sources": {
-            name: {"loss": loss / number if number else None, "samples": int(rows), "share": rows / samples}
-            for name, (loss, number, rows) in zip(sums, triples, strict=True)
-            if rows
+            name: {"loss": loss[name] / supervised[name] if supervised[name] else None, "samples": int(count), "share": count / drawn} for name, count in samples.items() if count
         },
-        "modality": {kind: int(rows) for kind, rows in zip(modality, rest, strict=False)},
+        "modality": {kind: int(count) for kind, count in modality.items()},
         "rates": {path: peak * share for path, peak in zip(engine.paths, engine.peaks, strict=True)},
         "gradient_norm": engine.gradient_norm(),
     }
     if auxiliary:
-        record["auxiliary"] = dict(zip(auxiliary, rest[2:-2], strict=True))
-    if rest[-2]:
-        record["skipped"] = int(rest[-2])
-    if rest[-1]:
+        record["auxiliary"] = auxiliary
+    if total["skipped"]:
+        record["skipped"] = int(total["skipped"])
+    if total["notes"]:
         record["notes"] = dict(sum((Counter(notes) for notes in engine.gather(dict(step.notes))), Counter()))
     return record
+
+
+def _below(figures: Mapping[str, float], name: str) -> dict[str, float]:
+    """The figures called `NAME/...`."""
+    return {key.removeprefix(f"{name}/"): value for key, value in figures.items() if key.startswith(f"{name}/")}
 
 
 def _check_finite(loss: torch.Tensor, output: Any, micro: MicroBatch, step: int) -> None:

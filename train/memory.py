@@ -1,6 +1,7 @@
-"""micro_batch: auto. How many of the longest rows fit into memory, tried out before the first step."""
+"""Memory of a step: how much this process needed, and `micro_batch: auto`, how many of the longest rows fit, tried out before the first step."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,30 +12,35 @@ from vlm.errors import EnvironmentProblem
 from vlm.train.engine import Engine
 from vlm.train.log import Log
 from vlm.train.steps import MicroBatch, StepData
+from vlm.whole import write_whole
 
-__all__ = ["find_micro_batch"]
+__all__ = ["find_micro_batch", "peak_memory"]
 
 SHARE = 0.85
 """Of the memory that is free beside the model and its optimizer."""
+
+
+def peak_memory() -> float:
+    """Largest memory of this process so far, GiB: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def find_micro_batch(engine: Engine, data: StepData, file: Path, log: Log) -> int:
     """Rows per forward and rank. Written to `file`, so that a resumed run takes the number it began with.
 
     One row, then two, of the longest there are, forward and backward; from what the second one costs follows how many fit. Their loss is multiplied by 0, so that the gradient that the
-    first step adds to is exactly 0, and random states are put back: a run with this number written into its configuration takes the same steps, bit for bit.
+    first step adds to is exactly 0, and the stage seeds its dropout afterwards: a run with this number written into its configuration takes the same steps, bit for bit.
 
     Raises EnvironmentProblem where one row does not fit.
     """
     if file.is_file():
         return int(json.loads(file.read_text(encoding="utf-8"))["micro_batch"])
     rows, most = data.longest()
-    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     engine.model.train()
     free = _free(engine.device)
     _, one, two = (_cost(engine, data.micro_batch_of([rows] * count)) for count in (1, 1, min(2, most)))  # the first one loads libraries
-    torch.set_rng_state(states[0])
-    torch.cuda.set_rng_state_all(states[1])
     if one is None or one > free:
         raise EnvironmentProblem(
             "one row does not fit into memory",
@@ -49,7 +55,7 @@ def find_micro_batch(engine: Engine, data: StepData, file: Path, log: Log) -> in
         f"micro_batch: auto is {micro_batch} of at most {most} (a row of {sum(map(len, rows)):,} tokens takes {one / 2**30:.2f} GiB of {free / 2**30:.2f} GiB that are free)"
     )
     if dist.get_rank() == 0:
-        file.write_text(json.dumps({"micro_batch": micro_batch}), encoding="utf-8")
+        write_whole(file, json.dumps({"micro_batch": micro_batch}))
     return micro_batch
 
 

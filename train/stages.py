@@ -20,18 +20,19 @@ from vlm.train import checkpoint
 from vlm.train.bad import BadSamples
 from vlm.train.check import check_run
 from vlm.train.config import RunSpec
+from vlm.train.cost import planned
 from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
-from vlm.train.folder import absolute, fingerprint, open_folder, run_folder, steps_of, write_export
-from vlm.train.forms import blocks_of, model_at, sources_of, stage_mixture
+from vlm.train.folder import absolute, fingerprint, open_folder, steps_of, write_export
+from vlm.train.forms import blocks_of, model_at, stage_mixture, stage_processor
 from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
 from vlm.train.log import Log, draw_curve
 from vlm.train.loop import run_steps
 from vlm.train.memory import find_micro_batch
-from vlm.train.optim import adamw, plan
+from vlm.train.optim import adamw
 from vlm.train.start import started_model
 from vlm.train.steps import StepData, loader
 
-__all__ = ["fit", "whole_tensors"]
+__all__ = ["Stage", "fit", "whole_tensors"]
 
 
 def fit(run: RunSpec, *, resume: bool = False) -> Path:
@@ -40,7 +41,7 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
     resume: go on from the newest whole checkpoint. Raises ConfigurationProblems with everything that `vlm check` finds wrong, ConfigurationError for an existing folder without resume.
     """
     rank, ranks, device = connect()
-    folder = run_folder(run)
+    folder = run.folder
     warnings = check_run(run, quick=True).warnings if rank == 0 else []
     run = absolute(run)
     if rank == 0:
@@ -52,7 +53,7 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
     try:
         for index, name in enumerate(run.stages):
             if not (folder / "stages" / name).is_dir():
-                _Stage(run, index, folder, rank, ranks, device, log).train()
+                Stage(run, index, folder, rank, ranks, device, log).train()
         if rank == 0:
             write_export(folder, list(run.stages)[-1])
             draw_curve(folder)
@@ -63,24 +64,26 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
     return folder
 
 
-class _Stage:
-    """One stage on one rank."""
+class Stage:
+    """One stage on one rank: what it is trained with, and the training.
+
+    folder: of the run. Raises CheckpointError where there is no tokenizer, DataError for a source that cannot be opened.
+    """
 
     def __init__(self, run: RunSpec, index: int, folder: Path, rank: int, ranks: int, device: torch.device, log: Log):
         self.run, self.index, self.folder, self.rank, self.device, self.log = run, index, folder, rank, device, log
         self.name, self.stage = list(run.stages.items())[index]
         self.fingerprint = fingerprint(run)
-        self.zero = int(self.stage.deepspeed.get("zero_optimization", {}).get("stage", 0))
-        self.dtype = precision_of(run.precision, device, self.zero)
+        self.dtype = precision_of(run.precision, device, self.stage.zero)
         self.config = deepspeed_config(self.stage, self.dtype)
         tokenizer = load_tokenizer(run.model)
         self.spec = model_at(run, index)
         width = form(self.spec, 0).text_config.hidden_size
-        self.processor = VLMProcessor(self.spec, width, tokenizer, self.stage.prompt, self.stage.images.use, self.stage.images.official, self.stage.images.tiling)
+        self.processor = stage_processor(VLMProcessor, self.stage, self.spec, width, tokenizer)
         self.data = self._data(rank, ranks)
 
     def _data(self, rank: int, ranks: int) -> StepData:
-        stage, sources = self.stage, {name: self.run.data[name] for name in sources_of(self.stage)}
+        stage, sources = self.stage, {name: self.run.data[name] for name in self.stage.sources}
         readers = {name: spec.open() for name, spec in sources.items()}
         return StepData(
             readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}, blocks_of(readers)), self.processor,
@@ -94,14 +97,14 @@ class _Stage:
         position = checkpoint.read_position(found, self.fingerprint) if found else None
         if position is not None and position.stage != self.index:
             position = None
-        model = self._model(fresh=position is None)
+        model = self.model(fresh=position is None)
         torch.nn.Module.to(model, self.device)
-        groups = plan(dict(model.named_parameters()), model.groups(), self.stage.train, self.stage.optimizer, model.unused())
+        groups = planned(model, self.stage)
         optimizer = adamw(groups, self.stage.optimizer)
         if self.stage.checkpointing:
             model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.rank == 0:
-            print_ledger(groups, self.log.console, f"stage {self.name}: {len(self.data)} steps of {self.stage.batch} samples, ZeRO {self.zero}, {self.dtype}")
+            print_ledger(groups, self.log.console, f"stage {self.name}: {len(self.data)} steps of {self.stage.batch} samples, ZeRO {self.stage.zero}, {self.dtype}")
             (self.folder / f"ledger-{self.name}.json").write_text(json.dumps(ledger_rows(groups), indent=1), encoding="utf-8")
         check_ledger(groups, model, optimizer)
         engine = Engine(model, optimizer, self.config, self.device)
@@ -109,12 +112,13 @@ class _Stage:
             self.data.micro_batch = find_micro_batch(engine, self.data, self.folder / f"micro_batch-{self.name}.json", self.log)
         torch.manual_seed(_seed(self.run.seed, self.index, self.rank + 1))
         if position is not None and found is not None:
-            checkpoint.restore(found, engine, position, self.zero)
+            checkpoint.restore(found, engine, position, self.stage.zero)
             self.log.console.print(f"stage {self.name} goes on behind step {position.step} of {len(self.data)} ({found})")
         self._steps(engine, position.step if position else 0)
         self._save(model)
 
-    def _model(self, fresh: bool) -> VLM:
+    def model(self, *, fresh: bool) -> VLM:
+        """The stage's model with the weights that it begins with; not fresh: its form, for the weights of a checkpoint. Raises CheckpointError, ConfigurationError."""
         model = self._built(fresh)
         llm = self.run.model.llm
         read_generation(model, llm if self.run.start is None else replace(llm, path=str(model_folder(self.run.start)), weights="path"))
@@ -150,7 +154,7 @@ class _Stage:
 
         def after(done: int) -> None:
             if save.every and done % save.every == 0 and done < count:
-                position = checkpoint.Position(self.index, done, before + done, engine.ranks, self.zero, self.fingerprint)
+                position = checkpoint.Position(self.index, done, before + done, engine.ranks, self.stage.zero, self.fingerprint)
                 checkpoint.save(self.folder / "resume", engine, position, save.keep)
 
         bad = BadSamples(self.folder, self.name, self.rank, self.run.bad_budget, self.data.mixture.samples)
@@ -158,9 +162,7 @@ class _Stage:
         dist.barrier()
         bad.opened(self.data.readers)
         steps = loader(self.data, start, self.run.workers)
-        run_steps(
-            engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, sources=sources_of(self.stage), log=self.log, bad=bad, after=after,
-        )  # fmt: skip
+        run_steps(engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, log=self.log, bad=bad, after=after)
 
     def _save(self, model: VLM) -> None:
         """stages/NAME: weights, configuration, processor; complete or not there."""

@@ -12,8 +12,9 @@ from vlm.connectors.base import ConnectorSpec
 from vlm.encoders.base import EncoderSpec
 from vlm.errors import ConfigurationError
 from vlm.llm.base import AdaptationSpec
-from vlm.loading import build, form, load_tensors, model_folder
+from vlm.loading import build, form, model_folder
 from vlm.weights.files import read_tensors
+from vlm.weights.strict import load_tensors
 
 if TYPE_CHECKING:
     from vlm.model import VLM

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.mixture import Mixture
 from vlm.data.packing import pack_rows
-from vlm.data.problems import kind_of
 from vlm.data.sample import Sample
 from vlm.errors import DataError, VLMError
 from vlm.llm.context import Unit
-from vlm.processor import IGNORE, Row, VLMProcessor, collate
+from vlm.processor import VLMProcessor
+from vlm.row import IGNORE, Row, collate
 
 __all__ = ["MicroBatch", "Step", "StepData", "accumulation", "loader"]
 
@@ -164,7 +164,7 @@ class StepData(Dataset[Step]):
     def _note(self, problem: DataError, source: str, index: int, attempt: int, step: Step) -> None:
         if source not in self.skip:
             raise problem
-        step.skipped.append({"source": source, "index": self._candidate(source, index, attempt), "kind": kind_of(problem), "reason": str(problem)})
+        step.skipped.append({"source": source, "index": self._candidate(source, index, attempt), "kind": problem.kind, "reason": str(problem)})
 
     def longest(self, steps: int = 8) -> tuple[list[Row], int]:
         """The longest row of the first steps, with `pack` filled up to it, and how many rows a rank has in a step at most."""

@@ -42,6 +42,9 @@ def before(imports: Annotated[list[str] | None, typer.Option("--import", help="A
 Config = Annotated[str, typer.Argument(help="A name of configs/run, or the path of a YAML.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, such as data_root=/data stages.align.batch=64.")]
 Run = Annotated[Path, typer.Argument(help="A run's folder.")]
+Splits = Annotated[str, typer.Argument(metavar="FILE", help="A file, a glob of the parts of a split, or a folder with a file or numbered parts per split.")]
+Reader = Annotated[str | None, typer.Option(help="Default: told by the extension.")]
+Images = Annotated[Path | None, typer.Option(help="Where paths of pictures start; default: beside the file.")]
 Columns = Annotated[str | None, typer.Option(help="Of Parquet and Arrow, our names for the file's: '{image: picture, question: prompt, answer: response}'.")]
 
 
@@ -63,7 +66,7 @@ def train_command(
     try:
         vlm.fit(run, resume=resume)
     except KeyboardInterrupt:
-        typer.secho(f"interrupted; go on with: vlm train {Path(run.runs) / run.name / 'config.yaml'} --resume", err=True)
+        typer.secho(f"interrupted; go on with: vlm train {run.folder / 'config.yaml'} --resume", err=True)
         raise typer.Exit(130) from None
 
 
@@ -157,7 +160,7 @@ def doctor_command(
     """Versions, devices, and what is known to keep a run from working here; exit code 1 if anything does. Example: vlm doctor"""
     import json
 
-    from vlm.train.doctor import examine
+    from vlm.doctor import examine
 
     diagnosis = examine(runs)
     if as_json:
@@ -219,7 +222,7 @@ def demo_command(
         typer.echo(f"drawing scenes into {folder}")
         write_scenes(folder, seed=seed)
     composed = vlm.compose("demo", f"data_root={folder}", f"seed={seed}", f"name={f'demo-{seed}' if seed else 'demo'}", *(overrides or []))
-    run = vlm.fit(composed, resume=(Path(composed.runs) / composed.name / "config.yaml").is_file())
+    run = vlm.fit(composed, resume=(composed.folder / "config.yaml").is_file())
     vlm.evaluate(run)
     model, processor = vlm.load(run)
     sample = vlm.compose("demo", f"data_root={folder}").data["heldout"].open()[0]
@@ -244,9 +247,9 @@ def scenes_command(
 
 @data.command("check")
 def data_check_command(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="A file, a glob of the parts of a split, or a folder with a file or numbered parts per split.")],
-    reader: Annotated[str | None, typer.Option(help="Default: told by the extension.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Where paths of pictures start; default: beside the file.")] = None,
+    source: Splits,
+    reader: Reader = None,
+    images: Images = None,
     columns: Columns = None,
     everything: Annotated[bool, typer.Option("--all", help="Read every picture's header, not the first 1,000.")] = False,
     decode: Annotated[bool, typer.Option("--decode", help="Decode every picture whole, as training does: files cut behind their header are found.")] = False,
@@ -256,7 +259,7 @@ def data_check_command(
     from vlm.data.sources import columns_of, sources_at
     from vlm.data.survey import survey_source, write_report
 
-    sources = sources_at(source, reader=reader, images=images, columns=None if columns is None else columns_of(columns))
+    sources = sources_at(source, reader=reader, images=images, columns=columns_of(columns))
     surveys = {split: survey_source(spec, everything=everything, decode=decode) for split, spec in sources.items()}
     for found in surveys.values():
         found.print()
@@ -267,11 +270,11 @@ def data_check_command(
 
 @data.command("convert")
 def convert_command(
-    source: Annotated[str, typer.Argument(help="A file, a glob of the parts of a split, or a folder with a file or numbered parts per split.")],
+    source: Splits,
     out: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
     to: Annotated[str, typer.Option(help="llava, messages, sharegpt, parquet or tar.")] = "llava",
-    reader: Annotated[str | None, typer.Option(help="Default: told by the extension.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Where paths of pictures start; default: beside the file.")] = None,
+    reader: Reader = None,
+    images: Images = None,
     columns: Columns = None,
     group: Annotated[bool, typer.Option(help="Of Parquet sets with an image_id: all training questions about a picture become one sample.")] = True,
     per_shard: Annotated[int, typer.Option(help="Samples per tar shard.")] = 1000,
@@ -280,8 +283,8 @@ def convert_command(
     from vlm.data.convert import convert_data
     from vlm.data.sources import columns_of
 
-    named = None if columns is None else columns_of(columns)
-    for split, written in convert_data(source, out, to, reader=reader, images=images, columns=named, group=group, per_shard=per_shard).items():
+    done = convert_data(source, out, to, reader=reader, images=images, columns=columns_of(columns), group=group, per_shard=per_shard)
+    for split, written in done.items():
         for warning in written.warnings:
             typer.secho(f"{split}: {warning}", fg="yellow", err=True)
         counted = f"{split}: {written.samples:,} samples, {written.answers:,} answers, {written.pictures:,} pictures"
@@ -299,6 +302,6 @@ def tokenizer_command(
     from vlm.data.sources import columns_of, sources_at
     from vlm.data.tokenizer import write_tokenizer
 
-    readers = [spec.open() for spec in sources_at(source, columns=None if columns is None else columns_of(columns)).values()]
+    readers = [spec.open() for spec in sources_at(source, columns=columns_of(columns)).values()]
     length = write_tokenizer(out, (turn.text for reader in readers for index in range(len(reader)) for turn in reader[index].turns), size)
     typer.echo(f"{out}: {length} tokens")

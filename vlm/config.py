@@ -7,6 +7,7 @@ from typing import Any, Literal
 from vlm.connectors.base import ConnectorSpec, Link
 from vlm.encoders.base import EncoderSpec, Mode
 from vlm.features import TokenLayout
+from vlm.images import policy_size
 from vlm.llm.base import AdaptationSpec
 from vlm.tiles import Tiling
 
@@ -76,8 +77,7 @@ def picture_tokens(model: ModelSpec, width: int, policy: str, tiling: Tiling | N
     chain = links(model.encoder, model.connector, width)
     if tiling is not None:
         return tiling.plan(side, side, side, whole_layout(model.encoder, chain, (side, side), "train")).layout.count, False
-    sizes = [(side, side)]
-    if policy not in ("crop", "squash"):
-        sizes += [(2 * side, 2 * side)] if policy == "pad" else [(2 * side, 2 * side), (side, 3 * side), (3 * side, side)]
+    pictures = ((side, side), (2 * side, 2 * side), (side, 3 * side), (3 * side, side))
+    sizes = dict.fromkeys(policy_size(policy, *size, side) for size in pictures)
     counts = [whole_layout(model.encoder, chain, size, "train").count for size in sizes]
     return counts[0], len(set(counts)) == 1

@@ -1,14 +1,12 @@
 """config.json of a VLM: the parts by name with their numbers, and the decoder's own transformers config."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlm.composition import from_plain, to_plain
 from vlm.config import LLMSpec, ModelSpec
-from vlm.connectors.base import ConnectorSpec
 
 __all__ = ["VLMConfig"]
 
@@ -45,7 +43,7 @@ class VLMConfig(PreTrainedConfig):
         adapt = {name: to_plain(spec.form()) for name, spec in model.adapt.items()}
         return cls(
             encoder=to_plain(model.encoder.form()),
-            connector=to_plain(_without_path(model.connector)),
+            connector=to_plain(model.connector.form()),
             adapt=adapt,
             text_config=text_config,
             image_token_id=image_token_id,
@@ -63,7 +61,3 @@ class VLMConfig(PreTrainedConfig):
             adapt={name: from_plain(llm.registry, {"use": name, **part}) for name, part in self.adapt.items()},
             newline=self.newline,
         )
-
-
-def _without_path(connector: ConnectorSpec) -> ConnectorSpec:
-    return replace(connector, path=None, then=None if connector.then is None else _without_path(connector.then))

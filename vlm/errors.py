@@ -1,8 +1,16 @@
 """One tree of errors. Each says what is wrong, what was got, what was expected and what to do."""
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, get_args
 
-__all__ = ["CheckpointError", "ConfigurationError", "DataError", "EnvironmentProblem", "NumericsError", "VLMError"]
+__all__ = ["KINDS", "CheckpointError", "ConfigurationError", "DataError", "EnvironmentProblem", "Kind", "NumericsError", "VLMError", "listed"]
+
+Kind = Literal[
+    "placeholder count", "role", "outside of the root", "remote", "missing picture", "too large", "too long", "unsupported", "empty", "unreadable picture", "not JSON", "unreadable file", "other"
+]  # fmt: skip
+"""What can be wrong with data, in words that stay the same: for counting, in `vlm data check` and while training."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class VLMError(Exception):
@@ -14,17 +22,19 @@ class VLMError(Exception):
         cure: what to do next.
     """
 
+    _FIELDS: ClassVar[tuple[str, ...]] = ("what", "got", "expected", "cure")
+
     def __init__(self, what: str, *, got: object = None, expected: object = None, cure: str | None = None):
         self.what, self.got, self.expected, self.cure = what, got, expected, cure
         sides = "; ".join(f"{side} {value}" for side, value in (("got", got), ("expected", expected)) if value is not None)
         super().__init__(". ".join(part for part in (what, sides, cure) if part))
 
+    def changed(self, **fields: Any) -> Self:
+        """An error of the same class that says the same, but for the fields that are named: `problem.changed(what=...)`."""
+        return type(self)(**{name: getattr(self, name) for name in self._FIELDS} | fields)
+
     def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments survive the way out of a data worker
-        return _rebuild, (type(self), self.what, self.got, self.expected, self.cure)
-
-
-def _rebuild(cls: type[VLMError], what: str, got: object, expected: object, cure: str | None, more: dict[str, str] | None = None) -> VLMError:
-    return cls(what, got=got, expected=expected, cure=cure, **(more or {}))
+        return partial(type(self), **{name: getattr(self, name) for name in self._FIELDS}), ()
 
 
 class ConfigurationError(VLMError):
@@ -32,14 +42,13 @@ class ConfigurationError(VLMError):
 
 
 class DataError(VLMError):
-    """A data file, a sample or a picture. kind: what is wrong in a word or two, the same for all of its kind, for counting."""
+    """A data file, a sample or a picture. kind: what is wrong, one of KINDS, for counting."""
 
-    def __init__(self, what: str, *, kind: str = "other", got: object = None, expected: object = None, cure: str | None = None):
+    _FIELDS = (*VLMError._FIELDS, "kind")
+
+    def __init__(self, what: str, *, kind: Kind = "other", got: object = None, expected: object = None, cure: str | None = None):
         super().__init__(what, got=got, expected=expected, cure=cure)
-        self.kind = kind
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.what, self.got, self.expected, self.cure, {"kind": self.kind})
+        self.kind: Kind = kind
 
 
 class CheckpointError(VLMError):
@@ -52,3 +61,8 @@ class EnvironmentProblem(VLMError):
 
 class NumericsError(VLMError):
     """A loss or gradient that is not finite; an equality that does not hold."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first three names, and a mark where there are more."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

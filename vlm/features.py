@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EXTRA", "PATCH", "SEPARATOR", "SUMMARY", "Cut", "Features", "ImageInput", "Layouts", "Level", "Stream", "TokenLayout"]
+__all__ = ["EXTRA", "OUT", "PATCH", "SEPARATOR", "SUMMARY", "Cut", "Features", "ImageInput", "Layouts", "Level", "Stream", "TokenLayout"]
 
 SUMMARY, PATCH, SEPARATOR, EXTRA = "summary", "patch", "separator", "extra"
 

@@ -15,7 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlm.data.sample import Picture, Sample, Turn, held
 from vlm.errors import DataError
-from vlm.processor import Row, VLMProcessor
+from vlm.processor import VLMProcessor
+from vlm.row import Row
 
 if TYPE_CHECKING:
     from vlm.model import VLM

@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 
 from vlm.errors import ConfigurationError, DataError, EnvironmentProblem, VLMError
 
-__all__ = ["LIMITS", "POLICIES", "Limits", "apply_policy", "crop_to", "mean_color", "open_picture", "pad", "resize", "upright_size"]
+__all__ = ["LIMITS", "POLICIES", "Limits", "apply_policy", "check_made", "crop_to", "mean_color", "open_picture", "pad", "policy_size", "resize", "upright_size"]
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ def pad(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     if width == height:
         return image
     side = max(width, height)
-    _check_made(image, side, side)
+    check_made(image, side, side)
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
@@ -139,7 +139,7 @@ def crop_to(image: Image.Image, size: int, official: bool = False, *, edge: int 
     edge = edge or size
     short, long = min(image.size), max(image.size)
     scaled = int(edge * long / short)
-    _check_made(image, edge, scaled)
+    check_made(image, edge, scaled)
     image = resize(image, edge, scaled) if image.width <= image.height else resize(image, scaled, edge)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -175,16 +175,25 @@ def apply_policy(name: str, image: Image.Image, mean: Sequence[float] | None, si
     raise ConfigurationError(f"no picture policy is called {name!r}", expected=f"one of {', '.join(POLICIES)}", cure=f"did you mean {near[0]!r}?" if near else None)
 
 
+def policy_size(name: str, width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height of what `apply_policy` makes of a picture of width x height pixels. side: the encoder's `size`."""
+    if name == "pad":
+        return max(width, height), max(width, height)
+    return (side, side) if name in ("crop", "squash") else (width, height)
+
+
 def _needed(policy: str, what: str, value: T | None) -> T:
     if value is None:
         raise ConfigurationError(f"picture policy {policy!r} needs an encoder with a `{what}`", cure="set `images: native`")
     return value
 
 
-def _check_made(image: Image.Image, width: int, height: int) -> None:
+def check_made(image: Image.Image, width: int, height: int) -> None:
+    """Raises DataError where a picture of width x height pixels, which is to be made of this one, would not fit memory."""
     if width * height > _LARGEST_MADE:
         raise DataError(
             "the picture is too thin for its length",
+            kind="too large",
             got=f"{image.width} x {image.height}, to become {width} x {height}",
             expected=f"at most {_LARGEST_MADE:,} pixels",
             cure="cut it into pieces, or use `images: squash`",
@@ -207,17 +216,23 @@ def _reported(where: str) -> Iterator[None]:
     except (VLMError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise DataError(f"{where}: there is no such picture file", cure="check the path and the data source's `images` folder") from error
+        raise DataError(f"{where}: there is no such picture file", kind="missing picture", cure="check the path and the data source's `images` folder") from error
     except Exception as error:
-        raise DataError(f"{where}: the picture is truncated or corrupt: {error}", cure="fetch or write the file again, or take the record out") from error
+        raise DataError(
+            f"{where}: the picture is truncated or corrupt: {error}", kind="unreadable picture", cure="fetch or write the file again, or take the record out"
+        ) from error
 
 
 def _check_bytes(size: int, where: str, limits: Limits) -> None:
     if size == 0:
-        raise DataError(f"{where}: the picture file is empty", got="0 bytes", cure="fetch the file again, or take the record out")
+        raise DataError(f"{where}: the picture file is empty", kind="empty", got="0 bytes", cure="fetch the file again, or take the record out")
     if size > limits.max_bytes:
         raise DataError(
-            f"{where}: the picture file is too large", got=f"{size:,} bytes", expected=f"at most {limits.max_bytes:,}", cure="shrink it, or raise the limit `max_bytes`"
+            f"{where}: the picture file is too large",
+            kind="too large",
+            got=f"{size:,} bytes",
+            expected=f"at most {limits.max_bytes:,}",
+            cure="shrink it, or raise the limit `max_bytes`",
         )
 
 
@@ -235,17 +250,22 @@ def _header(file: BinaryIO, where: str, limits: Limits) -> ImageFile.ImageFile:
         _check_size(image.size, where, limits)
         return image
     raise DataError(
-        f"{where}: the file is not a picture", got=f"a file that starts with {start[:8]!r}", expected=f"one of {', '.join(_FORMATS)}", cure="convert it, or take the record out"
+        f"{where}: the file is not a picture",
+        kind="unreadable picture",
+        got=f"a file that starts with {start[:8]!r}",
+        expected=f"one of {', '.join(_FORMATS)}",
+        cure="convert it, or take the record out",
     )
 
 
 def _check_size(size: tuple[int, int], where: str, limits: Limits) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise DataError(f"{where}: the picture is empty", got=f"{width} x {height} pixels", cure="take the record out")
+        raise DataError(f"{where}: the picture is empty", kind="empty", got=f"{width} x {height} pixels", cure="take the record out")
     if width * height > limits.max_pixels:
         raise DataError(
             f"{where}: the picture is too large",
+            kind="too large",
             got=f"{width} x {height} = {width * height:,} pixels",
             expected=f"at most {limits.max_pixels:,}",
             cure="shrink it, or raise the limit `max_pixels` if you trust the file",
@@ -317,6 +337,7 @@ def _to_rgb(image: ImageFile.ImageFile, where: str, official: bool) -> Image.Ima
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
         raise DataError(
             f"{where}: nothing says which of its values is white",
+            kind="unreadable picture",
             got=f"{kind} pixels from {_extremes(image)}",
             expected="8 or 16 bits per channel",
             cure="scale the picture and save it as 8 or 16 bit",

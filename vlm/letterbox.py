@@ -4,7 +4,7 @@ from typing import Literal
 
 from PIL import Image
 
-from vlm.images import resize
+from vlm.images import pad, resize
 
 __all__ = ["Rounding", "fit_square", "inner_size"]
 
@@ -23,8 +23,4 @@ def inner_size(width: int, height: int, size: int, rounding: Rounding, min_size:
 
 def fit_square(image: Image.Image, size: int, color: tuple[int, int, int], rounding: Rounding = "trunc", min_size: int = 14) -> Image.Image:
     """RGB picture -> size x size pixels: bicubic, centred on `color`; an odd remainder goes below or right. With a `size` below `min_size` the square is larger."""
-    inner = resize(image, *inner_size(*image.size, size, rounding, min_size))
-    side = max(inner.size)
-    square = Image.new("RGB", (side, side), color)
-    square.paste(inner, ((side - inner.width) // 2, (side - inner.height) // 2))
-    return square
+    return pad(resize(image, *inner_size(*image.size, size, rounding, min_size)), color)

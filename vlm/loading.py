@@ -1,7 +1,5 @@
-"""First weights: towers and decoders from disk, an earlier stage, a finished run. One loader, strict, aware of ZeRO 3's partitioning."""
+"""First weights: towers and decoders from disk, an earlier stage, a finished run. Strict, and aware of ZeRO 3's partitioning."""
 
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -9,105 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from vlm.config import LLMSpec, ModelSpec, links
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.initial import draw, first_values, gathered
-from vlm.weights.files import find_folder, read_file, read_tensors
+from vlm.initial import draw, first_values
+from vlm.weights.files import find_folder, read_file, read_json, read_tensors
+from vlm.weights.strict import load_tensors
 
 if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["DERIVED", "build", "first_model", "form", "load", "load_connector", "load_tensors", "model_folder", "read_generation", "saved_model", "tables", "text_config"]
-
-DERIVED = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias|position_ids)$")
-"""Buffers that old files carry and modules compute by themselves."""
-
-
-# ---- into a module -------------------------------------------------------------------------------------------------------
-
-
-def load_tensors(
-    module: nn.Module,
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    source: str,
-    key: Callable[[str], str | None] = lambda name: name,
-    grow: Iterable[str] = (),
-    spell: Callable[[str], str] = lambda name: name,
-) -> None:
-    """Copy tensors into a module, every parameter and persistent buffer exactly once; a tied one may come under both names where its values are the same.
-
-    Args:
-        source: what the messages call the checkpoint. key: name in the file -> name in the module, None to leave it out.
-        grow: names whose rows may be more than the file's (embedding and head of a vocabulary with added tokens); new rows start as the mean of the old ones.
-        spell: name in the module -> how messages call it.
-
-    Raises CheckpointError naming missing, unexpected, contradictory and mis-shaped keys.
-    """
-    targets = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
-    storage: dict[int, list[str]] = {}
-    for name, tensor in targets.items():
-        storage.setdefault(id(tensor), []).append(name)
-    seen: set[str] = set()
-    unexpected: list[str] = []
-    misshaped: list[str] = []
-    contradictory: list[str] = []
-    growing = set(grow)
-    for file_name, tensor in tensors:
-        name = key(file_name)
-        if name is None or (name not in targets and DERIVED.search(name)):
-            continue
-        if name not in targets:
-            unexpected.append(file_name)
-            continue
-        if name in seen:
-            if not _holds(targets[name], tensor):
-                contradictory.append(file_name)
-            continue
-        seen.update(storage[id(targets[name])])
-        if not _copy(targets[name], tensor, name in growing):
-            misshaped.append(f"{file_name} {tuple(tensor.shape)} for {_shape(targets[name])}")
-    missing = sorted(spell(name) for name in set(targets) - seen)
-    kinds = (("missing", missing), ("unexpected", unexpected), ("given twice with different values", contradictory), ("mis-shaped", misshaped))
-    problems = [(len(names), kind, names) for kind, names in kinds if names]
-    if problems:
-        raise CheckpointError(
-            f"{source} does not fit the model",
-            got="; ".join(f"{count} {kind} ({', '.join(names[:3])}{', ...' if count > 3 else ''})" for count, kind, names in problems),
-            expected=f"{len(targets)} tensors, each once, in their shapes",
-            cure="check that the configuration describes this checkpoint",
-        )
-
-
-def _shape(target: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(target, "ds_shape", target.shape))
-
-
-def _holds(target: Tensor, tensor: Tensor) -> bool:
-    """Whether the target already has these values, in its dtype."""
-    with gathered([target] if isinstance(target, nn.Parameter) else []):
-        held = target[: len(tensor)] if tensor.ndim else target
-        return not target.numel() or torch.equal(held, tensor.to(target.dtype).to(target.device))
-
-
-@torch.no_grad()
-def _copy(target: Tensor, tensor: Tensor, may_grow: bool) -> bool:
-    shape = _shape(target)
-    if tuple(tensor.shape) != shape and not (may_grow and tensor.ndim == 2 and tensor.shape[1:] == shape[1:] and len(tensor) < shape[0]):
-        return False
-    with gathered([target] if isinstance(target, nn.Parameter) else []):
-        if target.numel():  # under ZeRO 3 only the gathering rank holds it whole
-            target[: len(tensor)].copy_(tensor) if tensor.ndim else target.copy_(tensor)
-            if tensor.ndim and len(tensor) < len(target):
-                target[len(tensor) :].copy_(tensor.float().mean(0, keepdim=True))
-    return True
-
-
-# ---- models --------------------------------------------------------------------------------------------------------------
+__all__ = ["build", "first_model", "form", "load", "load_connector", "model_folder", "read_generation", "saved_model", "tables", "text_config"]
 
 
 def text_config(model: ModelSpec) -> Any:
@@ -121,7 +33,7 @@ def text_config(model: ModelSpec) -> Any:
     file = find_folder(model.llm.path) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{file.parent} holds no config.json", cure="give the folder of a whole checkpoint, or the numbers as llm.config")
-    numbers = json.loads(file.read_text(encoding="utf-8"))
+    numbers = read_json(file)
     return decoder_config(numbers["text_config"] if numbers.get("model_type") == "vlm" else numbers)
 
 
@@ -201,7 +113,7 @@ def read_generation(model: "VLM", llm: LLMSpec) -> None:
 
     if llm.weights != "path" or llm.path is None or not (file := find_folder(llm.path) / "generation_config.json").is_file():
         return
-    written = json.loads(file.read_text(encoding="utf-8"))
+    written = read_json(file)
     model.generation_config = GenerationConfig(**{name: written.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
     model.generation_config._from_model_config = False
 

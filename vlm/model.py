@@ -15,19 +15,18 @@ from vlm.config import links
 from vlm.configuration import VLMConfig
 from vlm.connectors.base import Connector
 from vlm.encoders.base import Encoder
-from vlm.errors import CheckpointError, ConfigurationError
+from vlm.errors import CheckpointError, ConfigurationError, listed
 from vlm.features import Features, ImageInput
 from vlm.initial import first_values, gathered
 from vlm.llm import decoder as decoders
 from vlm.llm.base import AdaptationSpec, beside, check_claims, check_order
 from vlm.llm.context import Auxiliary, Keys, TokenContext
 from vlm.llm.head import finish_logits
+from vlm.row import IGNORE
 from vlm.splice import put_features, type_from_ids
 from vlm.tiles import Newline, assemble
 
 __all__ = ["VLM", "VLMOutput"]
-
-IGNORE = -100
 
 
 @dataclass
@@ -332,7 +331,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         if problems:
             raise CheckpointError(
                 f"weights of {args[0] if args else '?'} do not fit the model",
-                got="; ".join(f"{len(keys)} {name.replace('_', ' ')} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for name, keys in problems.items()),
+                got="; ".join(f"{len(keys)} {name.replace('_', ' ')} ({listed(keys)})" for name, keys in problems.items()),
                 expected="every key of the model once, in its shape",
                 cure="load them into the model that its config.json describes",
             )

@@ -3,13 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vlm.config import ModelSpec, links, picture_tokens, typical_size, whole_layout
@@ -17,15 +15,15 @@ from vlm.data.sample import Picture, Sample, Turn, held
 from vlm.encoders.base import Mode
 from vlm.errors import CheckpointError, DataError
 from vlm.features import Cut, ImageInput, TokenLayout
-from vlm.images import LIMITS, apply_policy, open_picture, upright_size
+from vlm.images import LIMITS, apply_policy, open_picture, policy_size, upright_size
 from vlm.llm.context import TEXT, VISION
 from vlm.prompt import GIVEN_UP, PICTURE, Encoded, Prompt, PromptSpec
+from vlm.row import IGNORE, Row, collate
 from vlm.tiles import Tiling, tiled
-from vlm.weights.files import find_folder
+from vlm.weights.files import find_folder, read_json
 
-__all__ = ["IGNORE", "Row", "VLMProcessor", "collate", "load_tokenizer", "pictures_in_front", "placeholder_id"]
+__all__ = ["VLMProcessor", "load_tokenizer", "pictures_in_front", "placeholder_id"]
 
-IGNORE = -100
 PLACEHOLDERS = ("<image_placeholder>", "<image>")
 """What tokenizers call the picture token, the first that is there; DeepSeek-VL's has a name of its own."""
 
@@ -59,54 +57,6 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"no tokenizer in {folder}: {problem}", cure=cure) from problem
     placeholder_id(tokenizer)
     return tokenizer
-
-
-@dataclass
-class Row:
-    """One document, or several packed, ready for a batch; lists over its tokens.
-
-    ids: placeholder expanded. labels: IGNORE where not supervised. types: TEXT or VISION. pictures: index of the row's picture, -1 = none. branches: 0 trunk. positions: restart behind the trunk.
-    notes: what should be counted. documents: index of the row's document; only a packed row has several.
-    """
-
-    id: str
-    source: str
-    ids: list[int]
-    labels: list[int]
-    types: list[int]
-    pictures: list[int]
-    branches: list[int]
-    positions: list[int]
-    images: list[ImageInput]
-    notes: tuple[str, ...] = ()
-    documents: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.documents = self.documents or [0] * len(self.ids)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def vision(self) -> int:
-        """Tokens of pictures."""
-        return self.types.count(VISION)
-
-    @classmethod
-    def packed(cls, rows: Sequence["Row"]) -> "Row":
-        """Documents one after another in one row. Nothing predicts the first token of a document, whatever stands before it."""
-        whole = cls("", "", [], [], [], [], [], [], [])
-        for number, row in enumerate(rows):
-            whole.pictures += [picture if picture < 0 else picture + len(whole.images) for picture in row.pictures]
-            whole.labels += [IGNORE, *row.labels[1:]]
-            whole.documents += [number] * len(row)
-            for name in ("ids", "types", "branches", "positions", "images"):
-                getattr(whole, name).extend(getattr(row, name))
-        return whole
-
-    @property
-    def supervised(self) -> int:
-        return sum(label != IGNORE for label in self.labels[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +98,7 @@ class VLMProcessor:
 
     def layout(self, width: int, height: int, mode: Mode = "infer") -> TokenLayout:
         """Tokens that a picture of this size becomes, behind all connectors."""
-        cut = self._cut_into_tiles(width, height, mode)
-        return cut.layout if cut is not None else whole_layout(self.model.encoder, self._chain, self._policy_size(width, height), mode)
+        return self._plan(width, height, mode)[1]
 
     def see(self, picture: Picture | Image.Image | bytes | str | Path, mode: Mode = "infer", where: str = "") -> ImageInput:
         """A picture, from wherever, as its encoder reads it."""
@@ -159,28 +108,27 @@ class VLMProcessor:
         size = image.size
         encoder = self.model.encoder
         image = apply_policy(self.policy, image, mean=getattr(encoder, "mean", None), size=getattr(encoder, "size", None), official=self.official_pictures)
-        cut = self._cut_into_tiles(*size, mode)
+        cut, layout = self._plan(*size, mode)
         views = encoder.preprocess(image, mode) if cut is None else tiled(encoder, image, cut, mode)
-        return ImageInput(views, *size, self.layout(*size, mode), cut)
+        return ImageInput(views, *size, layout, cut)
 
     def sketch(self, picture: Picture, mode: Mode = "infer", where: str = "") -> ImageInput:
         """A picture without pixels: its size, from the file's header, and its layout. Where all pictures have one layout nothing is opened, and the size is the encoder's own."""
         size = self._every_picture or upright_size(_bytes(picture, where), where=where)
         return ImageInput({}, *size, self.layout(*size, mode))
 
-    def _cut_into_tiles(self, width: int, height: int, mode: Mode) -> Cut | None:
-        if self.tiling is None:
-            return None
+    def _plan(self, width: int, height: int, mode: Mode) -> tuple[Cut | None, TokenLayout]:
+        """How a picture of this size is cut, None where it is read whole, and its tokens behind all connectors."""
         side, _ = typical_size(self.model.encoder)
-        return self.tiling.plan(width, height, side, whole_layout(self.model.encoder, self._chain, (side, side), mode))
+        if self.tiling is None:
+            return None, whole_layout(self.model.encoder, self._chain, policy_size(self.policy, width, height, side), mode)
+        cut = self.tiling.plan(width, height, side, whole_layout(self.model.encoder, self._chain, (side, side), mode))
+        return cut, cut.layout
 
-    def _policy_size(self, width: int, height: int) -> tuple[int, int]:
-        if self.policy == "pad":
-            return max(width, height), max(width, height)
-        if self.policy in ("crop", "squash"):
-            side: int = self.model.encoder.size  # type: ignore[attr-defined]
-            return side, side
-        return width, height
+    @property
+    def picture_policy(self) -> dict[str, Any]:
+        """What becomes of a picture before the encoder's own preprocessing, for JSON: two processors of a model for which this is equal see the same."""
+        return {"use": self.policy, "official": self.official_pictures} | ({"tiling": asdict(self.tiling)} if self.tiling is not None else {})
 
     # ---- rows ----------------------------------------------------------------------------------------------------------
 
@@ -198,12 +146,13 @@ class VLMProcessor:
         row = self._expand(sample, parts, images)
         needed = len(row)
         if not needed:
-            raise DataError(f"{_where(sample)}: prompt {self.prompt.spec.use!r} leaves nothing of it to read", cure="add a picture, or choose another prompt")
+            raise DataError(f"{_where(sample)}: prompt {self.prompt.spec.use!r} leaves nothing of it to read", kind="empty", cure="add a picture, or choose another prompt")
         if max_length is not None and needed > max_length:
             row = self._cut(row, sample, max_length, too_long)
         if not generate and mode == "train" and not row.supervised and GIVEN_UP not in row.notes:
             raise DataError(
                 f"{_where(sample)}: no token of sample {sample.id!r} is supervised" + (f" once it is cut to {max_length} tokens" if len(row) < needed else ""),
+                kind="too long",
                 got=f"{needed} tokens" + (" needed" if len(row) < needed else ""),
                 expected=f"an answer within max_length {max_length}" if len(row) < needed else "an assistant turn with text",
                 cure="raise max_length, or leave the sample out" if len(row) < needed else "add an answer, or leave the sample out",
@@ -224,6 +173,7 @@ class VLMProcessor:
         if not talk or [turn.role for turn in talk] != ["user", "assistant"] * (len(talk) // 2):
             raise DataError(
                 f"{_where(sample)}: independent turns must be pairs of a question and its answer",
+                kind="role",
                 got=", ".join(turn.role for turn in talk) or "none",
                 cure="leave `independent` away",
             )
@@ -278,12 +228,14 @@ class VLMProcessor:
         if largest >= max_length:
             raise DataError(
                 f"{_where(sample)}: one picture takes {largest} tokens, which does not fit",
+                kind="too long",
                 expected=f"less than max_length {max_length}",
                 cure="raise max_length, or use an encoder with fewer tokens",
             )
         if too_long == "error":
             raise DataError(
                 f"{_where(sample)}: sample {sample.id!r} is too long",
+                kind="too long",
                 got=f"{len(row)} tokens",
                 expected=f"at most max_length {max_length}",
                 cure="raise max_length, or set too_long: cut",
@@ -339,8 +291,7 @@ class VLMProcessor:
         own, self.tokenizer.chat_template = self.tokenizer.chat_template, self.prompt.template.chat
         self.tokenizer.save_pretrained(folder)
         self.tokenizer.chat_template = own
-        policy = {"use": self.policy, "official": self.official_pictures} | ({"tiling": asdict(self.tiling)} if self.tiling is not None else {})
-        settings = _Settings(prompt=asdict(self.prompt.spec), policy=policy)
+        settings = _Settings(prompt=asdict(self.prompt.spec), policy=self.picture_policy)
         (folder / "vlm_processor.json").write_text(json.dumps(asdict(settings), indent=2), encoding="utf-8")
 
     @classmethod
@@ -352,7 +303,7 @@ class VLMProcessor:
         file = folder / "vlm_processor.json"
         if not file.is_file():
             raise CheckpointError(f"{folder} holds no processor", expected="vlm_processor.json", cure="give the folder of a run, a stage or an export")
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json(file)
         config = VLMConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         policy = settings["policy"]
@@ -381,39 +332,18 @@ def _bytes(picture: Picture | bytes | str | Path, where: str) -> bytes:
     try:
         size = source.length()
         if size > LIMITS.max_bytes:
-            raise DataError(f"{where or 'picture'}: picture {source.path} is too large", got=f"{size:,} bytes", expected=f"at most {LIMITS.max_bytes:,}", cure="make it smaller")
+            raise DataError(
+                f"{where or 'picture'}: picture {source.path} is too large",
+                kind="too large",
+                got=f"{size:,} bytes",
+                expected=f"at most {LIMITS.max_bytes:,}",
+                cure="make it smaller",
+            )
         return source.read()
     except OSError as problem:
         raise DataError(
-            f"{where or 'picture'}: cannot read picture {source.path}", got=problem.strerror or str(problem), cure="check the path and the source's `images` folder"
+            f"{where or 'picture'}: cannot read picture {source.path}",
+            kind="missing picture",
+            got=problem.strerror or str(problem),
+            cure="check the path and the source's `images` folder",
         ) from problem
-
-
-def collate(rows: Sequence[Row], *, pad_id: int, left: bool = False) -> dict[str, Any]:
-    """Rows -> a batch of tensors (B, S), padded on the right (or left), and the pictures in reading order. Keys are the arguments of `VLM.forward`; branch_ids only where a row has branches."""
-    length = max(len(row) for row in rows)
-
-    def padded(values: Sequence[int], fill: int) -> list[int]:
-        gap = [fill] * (length - len(values))
-        return [*gap, *values] if left else [*values, *gap]
-
-    def table(columns: Sequence[Sequence[int]], fill: int) -> Tensor:
-        return torch.tensor([padded(values, fill) for values in columns], dtype=torch.int64)
-
-    pictures = list(accumulate((len(row.images) for row in rows), initial=0))
-    documents = list(accumulate((max(row.documents) + 1 for row in rows), initial=0))
-    branched = any(any(row.branches) for row in rows)
-    batch: dict[str, Any] = {
-        "input_ids": table([row.ids for row in rows], pad_id),
-        "labels": table([row.labels for row in rows], IGNORE),
-        "mm_token_type_ids": table([row.types for row in rows], TEXT),
-        "document_ids": table([[document + start for document in row.documents] for row, start in zip(rows, documents, strict=False)], -1),
-        "documents": documents[-1],
-        "plain": not left and not branched and documents[-1] == len(rows),
-        "picture_ids": table([[p if p < 0 else p + start for p in row.pictures] for row, start in zip(rows, pictures, strict=False)], -1),
-        "position_ids": table([row.positions for row in rows], 0),
-        "images": [image for row in rows for image in row.images],
-    }
-    if branched:
-        batch["branch_ids"] = table([row.branches for row in rows], 0)
-    return batch

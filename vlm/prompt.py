@@ -285,7 +285,7 @@ class Prompt:
         """
         for index, turn in enumerate(turns):
             if turn.supervised and not turn.text.strip():
-                raise DataError(_at(where, f"turn {index} is to be learned and has no text, so it would teach to stop at once"), cure="fill it in, or take it out")
+                raise DataError(_at(where, f"turn {index} is to be learned and has no text, so it would teach to stop at once"), kind="empty", cure="fill it in, or take it out")
         if self.spec.official and not generate:
             return self._released(turns, where, max_length)
         return self._encode(turns, generate, where)
@@ -322,7 +322,7 @@ class Prompt:
             # The release does not compare the counts of a sample that it cuts.
             labels, ignored = (whole if not whole.ignored or max_length is None else walk(max_length))[2:]
         except DataError as problem:
-            raise DataError(_at(where, problem.what), got=problem.got, expected=problem.expected, cure=problem.cure) from problem
+            raise problem.changed(what=_at(where, problem.what)) from problem
         ids = [PICTURE if index == prompt_official.IMAGE else index for index in whole.input_ids]
         if (kept := ids.count(PICTURE)) != pictures:
             raise DataError(_at(where, "an official prompt keeps one picture per turn"), got=f"{kept} kept", expected=f"{pictures}", cure="leave `official` out")

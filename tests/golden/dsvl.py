@@ -19,8 +19,8 @@ from vlm.encoders.siglip import SigLIPSpec
 from vlm.features import Features, ImageInput, Stream, TokenLayout
 from vlm.images import mean_color, open_picture
 from vlm.letterbox import fit_square, inner_size
-from vlm.loading import load_tensors
 from vlm.weights.deepseek_keys import from_official, to_official
+from vlm.weights.strict import load_tensors
 
 __all__ = ["IDLE", "aligner", "connector_spec", "hybrid", "hybrid_spec", "pixels", "sam", "siglip", "siglip_spec"]
 

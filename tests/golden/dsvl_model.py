@@ -14,9 +14,10 @@ from vlm.encoders.hybrid import HybridSpec, normalised
 from vlm.encoders.siglip import SigLIPSpec
 from vlm.features import ImageInput, TokenLayout
 from vlm.llm.decoder import decoder_config
-from vlm.loading import build, load_tensors
+from vlm.loading import build
 from vlm.model import VLM
 from vlm.weights.deepseek_keys import model_from_official, model_to_official
+from vlm.weights.strict import load_tensors
 
 __all__ = ["model", "native"]
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import tiny
 import torch
+from interrupted import stopped_at
 from safetensors.torch import save_file
 
 import vlm
 from vlm.data.sample import Sample
 from vlm.llm import head as heads
 from vlm.loading import first_model
-from vlm.processor import IGNORE, Row, VLMProcessor, collate, load_tokenizer
-from vlm.train import checkpoint
+from vlm.processor import VLMProcessor, load_tokenizer
+from vlm.row import IGNORE, Row, collate
 from vlm.train.config import RunSpec
 from vlm.train.engine import Engine, connect, deepspeed_config
 from vlm.train.optim import adamw, plan
@@ -74,27 +75,12 @@ def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: to
         (out / "sgd.json").write_text(json.dumps(record["loss"]))
 
 
-class Stop(Exception):
-    """Stands for a kill: raised right after a checkpoint was saved."""
-
-
 def interrupted(root: Path, out: Path, zero: int) -> None:
     """A run of 4 + 4 steps with LoRA that enters in its second stage, and the same one stopped there and resumed."""
     run = (LORA.replace("SINCE", "instruct").replace("DROPOUT", "0.1"), f"runs={out}", "save.every=1", "workers=0")
     vlm.fit(compose(root, zero, *run, "name=whole"))
-    save = checkpoint.save
-
-    def save_and_stop(folder: Path, engine: Engine, position: checkpoint.Position, keep: int) -> Path:
-        made = save(folder, engine, position, keep)
-        if position.total == 6:
-            raise Stop
-        return made
-
-    checkpoint.save = save_and_stop
-    try:
+    with stopped_at(6):
         vlm.fit(compose(root, zero, *run, "name=cut"))
-    except Stop:
-        checkpoint.save = save
     torch.manual_seed(7)
     vlm.fit(compose(root, zero, *run, "name=cut"), resume=True)
 

@@ -15,7 +15,7 @@ PARTS = ("encoders", "connectors", "llm", "objectives")
 ABOVE = ("train", "eval")  # what the library never imports
 TOP = ("", "cli", "__main__")  # vlm/__init__.py with its lazy names, and the command: only these look upward
 EVAL_READS = ("vlm.train.config",)  # the schema of the config.yaml in a run's folder
-TRAIN_READS = ("vlm.eval.report", "vlm.eval.score")  # a run's report, and scores on validation data
+TRAIN_READS = ("vlm.eval.report",)  # where a run's reports lie, and what their figures are about
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -126,7 +126,7 @@ CLEAN = {
     "model.py": "from vlm.encoders.base import Encoder\nfrom vlm.connectors import base\n",
     "errors.py": "",
     "train/__init__.py": '"""Training."""\n',
-    "train/stages.py": "import torch\nfrom vlm import __version__\nfrom vlm.eval.report import write\nfrom vlm.eval import score\nfrom vlm.model import VLM\nfrom . import loop\n",
+    "train/stages.py": "import torch\nfrom vlm import __version__\nfrom vlm.eval.report import scored\nfrom vlm.model import VLM\nfrom . import loop\n",
     "train/loop.py": "def run_stage(): ...\n",
     "eval/__init__.py": '"""Evaluation."""\n',
     "eval/run.py": "from .score import exact\nfrom vlm.model import VLM\n",

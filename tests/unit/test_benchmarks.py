@@ -30,7 +30,7 @@ def test_runs(load: Any, name: str) -> None:
 
 def test_unequal_sides_are_found(load: Any, tmp_path: Path) -> None:
     sides, train_step = load("_sides"), load("train_step")
-    samples = sides.corpus(tmp_path, 2)
+    samples = load("_corpus").corpus(tmp_path, 2)
     folder = sides.Ours(samples, sides.NARROW, 4, 1).export(tmp_path / "llava")
     others = samples.holding("others", [record | {"conversations": [*record["conversations"][:-1], {"from": "gpt", "value": "nothing"}]} for record in samples.records])
     with pytest.raises(AssertionError, match="supervised tokens|loss before"):

@@ -1,269 +1,41 @@
-"""Composition: layers of YAML, overrides, interpolation, types, messages, and the way back. Generic over the schema: most tests use a stand-in of their own."""
+"""Composition: layers of YAML, overrides, interpolation, code that is imported, and the way back. Generic over the schema: most tests use a miniature of it."""
 
-import pickle
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import pytest
 import yaml
+from miniature import (
+    ENCODERS,
+    LLM,
+    HybridMLPSpec,
+    LlavaSpec,
+    MLPSpec,
+    MMLoRASpec,
+    MoDSpec,
+    MoESpec,
+    Optimizer,
+    Prompt,
+    QLadderSpec,
+    Run,
+    Schedule,
+    Stage,
+    TowerSpec,
+    TwoStreamsSpec,
+    configs_folder,
+    problems,
+    write,
+)
 
 import vlm
-from vlm.composition import CONFIGS, ConfigurationProblems, compose, from_plain, import_parts, resolved, to_plain
-from vlm.errors import ConfigurationError
-from vlm.registry import Registry
-
-
-class Parts(Registry):
-    """A registry without a package behind it."""
-
-    def _files(self) -> list[str]:
-        return []
-
-
-ENCODERS, CONNECTORS, ADAPTATIONS, READERS = Parts("encoder", "tests"), Parts("connector", "tests"), Parts("adaptation", "tests"), Parts("reader", "tests")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSpec:
-    use: ClassVar[str]
-    path: str | None = None
-    config: Mapping[str, Any] | None = None
-
-
-@ENCODERS.register("tower")
-@dataclass(frozen=True, kw_only=True)
-class TowerSpec(EncoderSpec):
-    size: int = 224
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    levels: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.size % 2:
-            raise ConfigurationError("an odd size", got=self.size, expected="an even one", cure="set size: 224")
-
-
-@ENCODERS.register("two_streams")
-@dataclass(frozen=True, kw_only=True)
-class TwoStreamsSpec(EncoderSpec):
-    high: EncoderSpec = field(metadata={"group": "encoder", "registry": ENCODERS})
-    low: EncoderSpec | None = field(default=None, metadata={"group": "encoder", "registry": ENCODERS})
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConnectorSpec:
-    use: ClassVar[str]
-    level: int | str = -2
-    stream: str | None = None
-    then: Any = None
-
-
-@CONNECTORS.register("mlp")
-@dataclass(frozen=True, kw_only=True)
-class MLPSpec(ConnectorSpec):
-    depth: int = 2
-
-
-@CONNECTORS.register("qladder")
-@dataclass(frozen=True, kw_only=True)
-class QLadderSpec(ConnectorSpec):
-    queries: int = 16
-    select: Literal["same", "next"] = "next"
-
-
-@CONNECTORS.register("hybrid_mlp")
-@dataclass(frozen=True, kw_only=True)
-class HybridMLPSpec(ConnectorSpec):
-    width: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdaptationSpec:
-    use: ClassVar[str]
-    since: str | None = None
-
-
-@ADAPTATIONS.register("mm_lora")
-@dataclass(frozen=True, kw_only=True)
-class MMLoRASpec(AdaptationSpec):
-    rank: Mapping[str, int] = field(default_factory=lambda: {"vision": 8, "language": 8})
-    scale: float = 1.0
-    dropout: float = 0.0
-
-
-@ADAPTATIONS.register("moe")
-@dataclass(frozen=True, kw_only=True)
-class MoESpec(AdaptationSpec):
-    layers: str | Sequence[int] = "all"
-    experts: int = 2
-    top_k: int = 1
-    balance: float = 0.0
-    capacity: float | Literal["dropless"] = "dropless"
-    every: float | int = 1
-    noise: Literal[0, 1] = 0
-
-
-@ADAPTATIONS.register("mod")
-@dataclass(frozen=True, kw_only=True)
-class MoDSpec(AdaptationSpec):
-    schedule: str = "constant"
-    threshold: float = 0.5
-    min: float = 0.0
-    offset: float = 0.0
-    denominator: str = "depth"
-    tokens: str = "all"
-
-
-@READERS.register("llava")
-@dataclass(frozen=True, kw_only=True)
-class LlavaSpec:
-    file: str
-    images: str | None = None
-    samples: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LLM:
-    path: str | None = None
-    config: Mapping[str, Any] | None = None
-    tied: bool = False
-    dtype: Literal["float32", "bfloat16"] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    encoder: EncoderSpec = field(metadata={"group": "encoder", "registry": ENCODERS})
-    connector: ConnectorSpec = field(metadata={"group": "connector", "registry": CONNECTORS})
-    llm: LLM = field(metadata={"group": "llm"})
-    adapt: Mapping[str, AdaptationSpec] = field(default_factory=dict, metadata={"group": "adapt", "registry": ADAPTATIONS})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    kind: Literal["cosine", "linear"] = "cosine"
-    warmup: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.1
-    clip: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    use: str
-    system: str | None = None
-    official: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    train: Mapping[str, Any] = field(default_factory=dict)
-    data: str | Mapping[str, float]
-    prompt: Prompt = field(metadata={"bare": "use"})
-    images: Prompt = field(default_factory=lambda: Prompt(use="native"), metadata={"bare": "use"})
-    batch: int = 32
-    micro_batch: int = 8
-    max_length: int = 512
-    pack: int | None = None
-    epochs: float | None = None
-    schedule: Schedule = field(default_factory=Schedule)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    deepspeed: Mapping[str, Any] = field(default_factory=dict, metadata={"group": "deepspeed"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    name: str
-    model: Model
-    data: Mapping[str, Any] = field(metadata={"group": "data", "registry": READERS, "key": "reader"})
-    stages: Mapping[str, Stage]
-    eval: Mapping[str, str] = field(default_factory=dict)
-    data_root: str | None = None
-    runs: str = "runs"
-    seed: int = 0
-
-
-GROUPS = {
-    "encoder/clip_l_336": "{use: tower, path: openai/clip, size: 336, config: {hidden_size: 1024}}",
-    "encoder/clip_b": "{use: tower, config: {width: 768}}",
-    "encoder/sam_b_siglip_l_1024": "{use: two_streams, high: {use: tower, size: 1024}, low: clip_b}",
-    "llm/vicuna_7b_v1.5": "{path: lmsys/vicuna, config: {model_type: llama, hidden_size: 4096, pad_token_id: null}}",
-    "llm/qwen3_0.6b": "{path: Qwen/Qwen3, config: {model_type: qwen3}, tied: true}",
-    "adapt/big_lora": "{use: mm_lora, rank: {vision: 256, language: 256}}",
-    "data/lcs": "{reader: llava, file: '${data_root}/lcs.json', samples: 558128}",
-    "stage/llava_align": "{train: {connector: 1.0e-3}, data: captions, prompt: plain, batch: 256}",
-    "deepspeed/zero2": "{zero_optimization: {stage: 2, reduce_scatter: true}}",
-    "deepspeed/zero3": "{zero_optimization: {stage: 3}}",
-    # the two runs of DESIGN section 4
-    "run/arcana_7b": """
-model:
-  encoder: clip_l_336
-  connector: {use: qladder, queries: 64, select: same, then: {use: mlp, depth: 3}}
-  llm: vicuna_7b_v1.5
-  adapt: {mm_lora: {since: instruct, rank: {vision: 64, language: 192}, scale: 2.0, dropout: 0.05}}
-data:
-  captions: {reader: llava, file: "${data_root}/lcs558k/chat.json", images: "${data_root}/lcs558k", samples: 558128}
-  mix665k: {reader: llava, file: "${data_root}/llava_v1_5_mix665k.json", images: "${data_root}", samples: 665298}
-every_stage: {epochs: 1, micro_batch: 16, max_length: 2048, schedule: {kind: cosine, warmup: 0.03}, optimizer: {weight_decay: 0.0, clip: 1.0}}
-stages:
-  align: {train: {connector: 1.0e-3}, data: captions, prompt: plain, images: crop, batch: 256, deepspeed: zero2}
-  instruct: {train: {connector: 2.0e-5, llm: {mm_lora: 2.0e-4}}, data: mix665k, prompt: vicuna_v1, images: pad, batch: 128, deepspeed: zero3}
-""",
-    "run/everything": """
-base: arcana_7b
-model:
-  encoder: sam_b_siglip_l_1024
-  connector: {stream: low, then: {use: hybrid_mlp}}
-  llm: qwen3_0.6b
-  adapt:
-    mm_lora: {rank: {vision: 16, language: 48}}
-    moe: {since: experts, layers: sparse, experts: 4, top_k: 2, balance: 0.01, capacity: dropless}
-    mod: {since: experts, schedule: shifted_cosine, threshold: 0.85, min: 0.15, offset: 0.5, denominator: depth, tokens: vision}
-every_stage: {pack: 4096}
-stages:
-  align: {train: {encoder: {high: {neck: 1.0e-4}}}, images: native}
-  instruct: {prompt: chatml, images: native}
-  experts:
-    train: {connector: 2.0e-5, llm: {moe: {experts: 2.0e-5, router: 1.0e-4}, mod: 1.0e-4, mm_lora: 1.0e-4}}
-    data: {mix665k: 0.8, captions: 0.2}
-    prompt: chatml
-    batch: 128
-    deepspeed: zero2
-""",
-    "run/small": """
-model: {encoder: tower, connector: mlp, llm: {config: {model_type: llama}}}
-data: {captions: {reader: llava, file: a.json}}
-stages: {align: {data: captions, prompt: plain}}
-""",
-}
+from vlm.composition import CONFIGS, ConfigurationProblems, compose, from_plain, import_parts, resolved
 
 
 @pytest.fixture
 def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of config groups; the working directory is another, empty one."""
-    folder = tmp_path / "configs"
-    for name, text in GROUPS.items():
-        write(folder / f"{name}.yaml", text)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return folder
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-def problems(configs: Path, config: str | Path, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigurationProblems) as caught:
-        compose(Run, config, overrides, configs=configs)
-    return [str(problem) for problem in caught.value.problems]
+    return configs_folder(tmp_path, monkeypatch)
 
 
 def test_first_example_of_the_design(configs):
@@ -459,6 +231,14 @@ stages:
             assert message in problem
             assert "bad.yaml" in problem
 
+    def test_an_override_of_every_stage_that_no_stage_takes_is_refused(self):
+        """Each stage of llava_tiny names its prompt."""
+        with pytest.raises(
+            ConfigurationProblems, match=r"(?s)every_stage\.prompt \(command line\): this override changes nothing.*override stages\.align\.prompt and stages\.instruct\.prompt"
+        ):
+            vlm.compose("llava_tiny", "every_stage.prompt=vicuna_v1")
+        assert vlm.compose("llava_tiny", "every_stage.steps=3").stages["align"].steps == 3
+
 
 class TestInterpolation:
     def test_an_unset_value_leaves_the_text(self, configs):
@@ -489,97 +269,9 @@ class TestInterpolation:
         assert [problem.split()[0] for problem in found] == ["eval.a", "eval.b", "eval.c", "eval.d", "eval.e"]
 
 
-class TestMessages:
-    def test_an_unknown_key_gives_its_path_and_the_nearest(self, configs):
-        (problem,) = problems(configs, "small", "stages.align.schedule.warmpu=0.1")
-        assert problem == "stages.align.schedule.warmpu (command line): there is no such key. expected one of kind, warmup. did you mean 'stages.align.schedule.warmup'?"
-        assert "did you mean 'model.connector.depth'?" in problems(configs, "small", "model.connector.deph=1")[0]
-        assert "did you mean 'every_stage'?" in problems(configs, "small", "evry_stage.batch=1")[0]
-
-    def test_a_wrong_type_gives_path_value_and_expected_type(self, configs, tmp_path):
-        run = write(tmp_path / "run.yaml", "{base: small, seed: many, stages: {align: {batch: 2.5}}}")
-        found = problems(configs, run)
-        assert f"stages.align.batch ({run}): wrong type or value. got 2.5 (float); expected int" in found
-        assert f"seed ({run}): wrong type or value. got 'many' (str); expected int" in found
-
-    def test_a_mistake_under_every_stage_is_reported_there_and_once(self, configs, tmp_path):
-        run = write(tmp_path / "run.yaml", "{base: arcana_7b, every_stage: {bach: 3, schedule: {kind: cosin}}, stages: {align: {schedule: {warmup: x}}}}")
-        found = problems(configs, run)
-        assert sorted(re.match(r"[\w.]+", problem)[0] for problem in found) == ["every_stage.bach", "every_stage.schedule.kind", "stages.align.schedule.warmup"]
-        assert "did you mean 'every_stage.batch'?" in next(problem for problem in found if "bach" in problem)
-
-    def test_what_a_spec_says_itself_stands_behind_the_path(self, configs):
-        (problem,) = problems(configs, "small", "model.encoder.size=3")
-        assert problem == "model.encoder (command line): an odd size. got 3; expected an even one. set size: 224"
-
-    def test_a_missing_value(self, configs, tmp_path):
-        run = write(tmp_path / "run.yaml", "{model: {encoder: tower, llm: {}}, data: {captions: llava}, stages: {a: {data: captions}, b: {data: captions, prompt: {system: x}}}}")
-        found = sorted(problems(configs, run))
-        wanted = {
-            "data.captions.file": "str",
-            "model.connector": "a connector",
-            "stages.a.prompt": "a mapping",
-            "stages.b.prompt.use": "str",
-        }
-        assert found == [f"{path} ({run}): is missing. expected {kind}" for path, kind in wanted.items()]
-
-    def test_all_at_once_numbered_and_picklable(self, configs):
-        with pytest.raises(ConfigurationProblems) as caught:
-            compose(Run, "small", ["seed=x", "foo=1", "model.encoder=nope", "stages.x.batch=1", "data.captions.samples=1.5", "model.adapt.nope={}"], configs=configs)
-        error = caught.value
-        assert len(error.problems) == 6
-        assert str(error).startswith("6 problems in small\n  1. ")
-        assert "\n  6. " in str(error)
-        again = pickle.loads(pickle.dumps(error))
-        assert str(again) == str(error)
-        assert isinstance(again, ConfigurationError)
-
-
-class TestTypes:
-    def test_what_is_taken(self, configs):
-        overrides = ["model.encoder.mean=[1, 2e-1, '1e-3']", "model.encoder.levels=[1, 2, 3]", "model.connector.level=final", "model.llm.dtype=bfloat16"]
-        run = compose(Run, "small", overrides, configs=configs)
-        assert run.model.encoder == TowerSpec(mean=(1.0, 0.2, 1e-3), levels=(1, 2, 3))
-        assert run.model.connector.level == "final"
-        assert run.model.llm.dtype == "bfloat16"
-        moe = compose(Run, "small", ["model.adapt.moe={layers: [0, 2], capacity: 2, every: 2}"], configs=configs).model.adapt["moe"]
-        assert (moe.layers, moe.capacity, moe.every) == ((0, 2), 2.0, 2)
-        assert (type(moe.capacity), type(moe.every)) == (float, int)
-
-    @pytest.mark.parametrize(
-        "override, message",
-        [
-            ("seed='1'", "expected int"),
-            ("seed=true", "expected int"),
-            ("seed=1.0", "expected int"),
-            ("name=7", "expected str. quote it: '7'"),
-            ("model.llm.tied=1", "expected bool"),
-            ("model.llm.dtype=float16", "expected one of 'float32', 'bfloat16' or null"),
-            ("model.llm.config=x", "model.llm.config"),
-            ("model.encoder.mean=[1, 2]", "expected a list of 3: float, float, float"),
-            ("model.encoder.mean=[1, 2, x]", "model.encoder.mean.2"),
-            ("model.encoder.levels=[1, a]", "model.encoder.levels.1"),
-            ("model.encoder.mean=half", "expected a list"),
-            ("stages.align.schedule=cosine", "expected a mapping"),
-            ("stages.align.schedule.warmup=soon", "expected float"),
-            ("stages.align.data=[captions]", "expected str or a mapping"),
-            ("stages.align.data={captions: most}", "stages.align.data.captions"),
-            ("stages.align.images=null", "got null"),
-            ("model.adapt.moe.noise=true", "expected one of 0, 1"),
-            ("model.adapt=moe", "expected a mapping by name"),
-            ("model.adapt.moe=3", "whose `use:` names a registered adaptation"),
-            ("eval={1: heldout}", "expected names that are text. quote it: '1'"),
-        ],
-    )
-    def test_what_is_refused(self, configs, override, message):
-        (problem,) = problems(configs, "small", override)
-        assert message in problem
-        assert problem.startswith(override.split("=")[0])
-
-
 PART = """
 from dataclasses import dataclass
-from tests_composition_registry import ENCODERS, EncoderSpec
+from miniature import ENCODERS, EncoderSpec
 
 LOADED = globals().get("LOADED", 0) + 1
 
@@ -592,13 +284,7 @@ class MySpec(EncoderSpec):
 
 @pytest.fixture
 def own_registry(monkeypatch):
-    """A module that user code can import this test's registry from; what it registers is forgotten afterwards."""
-    import sys
-    import types
-
-    module = types.ModuleType("tests_composition_registry")
-    module.ENCODERS, module.EncoderSpec = ENCODERS, EncoderSpec
-    monkeypatch.setitem(sys.modules, "tests_composition_registry", module)
+    """What user code registers is forgotten afterwards."""
     monkeypatch.setattr(ENCODERS, "_specs", dict(ENCODERS._specs))
 
 
@@ -686,20 +372,6 @@ class TestBack:
         assert run.eval == {"a": "${name}"}
         assert resolved(run)["eval"] == {"a": "\\${name}"}
 
-    def test_one_part(self):
-        spec = QLadderSpec(queries=3, then=MLPSpec(depth=1, level="final"))
-        plain = to_plain(spec)
-        assert plain["use"] == "qladder"
-        assert from_plain(CONNECTORS, plain) == spec
-        model = Model(encoder=TowerSpec(size=2), connector=spec, llm=LLM(config={"a": [1, {"b": None}]}), adapt={"x": MMLoRASpec(), "moe": MoESpec(layers=(1, 2))})
-        assert from_plain(Model, to_plain(model)) == model
-
-    def test_one_part_that_is_wrong(self):
-        with pytest.raises(ConfigurationProblems, match=r"problem in connector\n  1. deph: there is no such key.*did you mean 'depth'"):
-            from_plain(CONNECTORS, {"use": "mlp", "deph": 2})
-        with pytest.raises(ConfigurationProblems, match="no `use:` says which connector it is"):
-            from_plain(CONNECTORS, {"depth": 2})
-
 
 class TestShipped:
     """The YAML files of the package, through the schema of a run."""
@@ -742,12 +414,3 @@ class TestShipped:
             head = [line for line in path.read_text().splitlines()[:5] if line.startswith("#")]
             assert any("vlm " in line for line in head), path
             assert any("Source:" in line for line in head), path
-
-
-def test_an_override_of_every_stage_that_no_stage_takes_is_refused() -> None:
-    """Each stage of llava_tiny names its prompt."""
-    with pytest.raises(
-        ConfigurationProblems, match=r"(?s)every_stage\.prompt \(command line\): this override changes nothing.*override stages\.align\.prompt and stages\.instruct\.prompt"
-    ):
-        vlm.compose("llava_tiny", "every_stage.prompt=vicuna_v1")
-    assert vlm.compose("llava_tiny", "every_stage.steps=3").stages["align"].steps == 3

@@ -6,18 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from PIL import Image
 from typer.testing import CliRunner
 
 from vlm.cli import app
+from vlm.config import LLMSpec, ModelSpec
+from vlm.connectors.mlp import MLPSpec
 from vlm.data import survey as surveys
 from vlm.data.llava import LlavaSource
 from vlm.data.messages import MessagesSource
-from vlm.data.problems import _SAID, KINDS, kind_of
+from vlm.data.sample import Sample, Turn
 from vlm.data.shards import ShardWriter
 from vlm.data.sources import sources_at
 from vlm.data.survey import Survey, survey_source
-from vlm.errors import DataError
+from vlm.data.tar import TarSource
+from vlm.encoders.clip import CLIPSpec
+from vlm.errors import KINDS, DataError
+from vlm.processor import VLMProcessor
+from vlm.prompt import PromptSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,6 +77,7 @@ BAD: list[tuple[Any, str]] = [
     (talk("half \ud83d"), "not JSON"),
     ([1], "not JSON"),
     (talk(independent="yes"), "other"),
+    (talk(video="a.mp4"), "unsupported"),
 ]
 
 
@@ -82,14 +90,30 @@ def test_kinds_of_bad_records(folder: Path, record: Any, kind: str):
     assert kind in KINDS
 
 
-def test_every_sentence_that_tells_a_kind_is_still_said():
-    said = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "vlm").glob("**/*.py")) if path.name != "problems.py")
-    assert [phrase for phrases in _SAID.values() for phrase in phrases if phrase not in said] == []
+def test_every_kind_is_raised_by_its_own_input(tmp_path: Path):
+    spec = ModelSpec(encoder=CLIPSpec(config=tiny.tower_config(), weights="random"), connector=MLPSpec(), llm=LLMSpec(config=tiny.llm_config(), weights="random"))
+    row = VLMProcessor(spec, 32, tiny.tokenizer(), PromptSpec(use="chatml"), "pad").row
+    sample = Sample("x", (Turn("user", ("q",)), Turn("assistant", ("a",), supervised=True)))
+    for raised, kind in (
+        (lambda: LlavaSource(file=str(tmp_path / "gone.json")).open(), "unreadable file"),
+        (lambda: row(sample, max_length=3, too_long="error"), "too long"),
+    ):
+        with pytest.raises(DataError) as caught:
+            raised()
+        assert caught.value.kind == kind
+    assert {kind for _, kind in BAD} | {"unreadable file", "too long"} == set(KINDS)
+
+
+def test_a_path_says_nothing_about_the_kind(tmp_path: Path):
+    folder = tmp_path / "what is empty, too large, and leads out of"
+    folder.mkdir()
+    (folder / "train.json").write_text("[{}", encoding="utf-8")
+    assert counts(survey_source(LlavaSource(file=str(folder / "train.json")))) == {"not JSON": 1}
 
 
 def test_an_error_that_names_its_kind_is_believed():
-    assert kind_of(DataError("no assistant turn", kind="remote")) == "remote"
-    assert kind_of(DataError("something new")) == "other"
+    assert DataError("no assistant turn", kind="remote").kind == "remote"
+    assert DataError("something new").kind == "other"
 
 
 def test_all_bad_records_are_counted_and_three_of_a_kind_named(folder: Path):
@@ -154,6 +178,24 @@ def test_shards_that_cannot_be_opened_do_not_hide_the_others(tmp_path: Path):
     found = survey_source(sources_at(tmp_path)["train"])
     assert (found.samples, counts(found)) == (4, {"other": 1, "unreadable file": 2})
     assert ["train-000001.tar is cut" in example or "train-000003.tar is not a tar" in example for example in found.problems["unreadable file"].examples] == [True, True]
+
+
+def test_parts_of_every_kind_of_source(tmp_path: Path):
+    for name in ("a.jsonl", "b.jsonl"):
+        lines(tmp_path / name, talk())
+    (tmp_path / "b.jsonl").write_text("", encoding="utf-8")
+    with ShardWriter(tmp_path / "shards", prefix="t", per_shard=1) as out:
+        for number in range(4):
+            out.write(f"{number}", {"json": json.dumps(talk()).encode()})
+    cut = tmp_path / "shards" / "t-000001.tar"
+    cut.write_bytes(cut.read_bytes()[:1100])
+    shards = [str(tmp_path / "shards" / f"t-{number:06d}.tar") for number in range(4)]
+    for file in (f"{tmp_path}/shards/t-{{000000..000003}}.tar", f"{tmp_path}/shards/t-*.tar", f"{tmp_path}/shards"):
+        source = TarSource(file=file)
+        found = survey_source(source)
+        assert (source.parts(), found.samples, counts(found)) == (shards, 3, {"unreadable file": 1}), file
+    found = survey_source(LlavaSource(file=f"{tmp_path}/?.jsonl"))
+    assert (found.samples, counts(found)) == (1, {"empty": 1})
 
 
 def test_command_prints_and_its_exit_code_means_something(folder: Path):

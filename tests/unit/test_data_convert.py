@@ -223,6 +223,15 @@ def test_training_questions_about_a_picture_become_one_sample(tmp_path: Path, to
     assert [(sample.id, sample.independent) for sample in opened(tmp_path / "flat")] == [("r0", False), ("r1", False), ("r2", False)]
 
 
+def test_questions_are_grouped_over_all_files_that_the_reader_finds(tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    write_parquet(tmp_path / "train" / "0.parquet", [row(0, "one", PICTURES[0]), row(1, "two", PICTURES[1])])
+    write_parquet(tmp_path / "train" / "deep" / "1.parquet", [row(2, "one", PICTURES[0]), row(3, "two", PICTURES[1]), row(4, "three", PICTURES[2])])
+    written = convert_data(f"{tmp_path}/train/**/*.parquet", tmp_path / "out")["train"]
+    assert written[:3] == (3, 5, 3)
+    assert {sample.id: [turn.text for turn in sample.turns[1::2]] for sample in opened(tmp_path / "out")} == {"one": ["a0", "a2"], "two": ["a1", "a3"], "three": ["a4"]}
+
+
 def test_columns_of_other_names(tmp_path: Path):
     rows = [{"picture": PICTURES[0], "image_id": "one", "prompt": f"q{number}", "response": "a"} for number in range(2)]
     file = str(write_parquet(tmp_path / "train.parquet", rows))

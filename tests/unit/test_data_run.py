@@ -1,12 +1,12 @@
 """One content in every format: the readers give the same samples, and a run over several formats is the same run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from interrupted import kept, records, stopped_at
 from safetensors.torch import load_file
 
 import vlm
@@ -14,7 +14,6 @@ from vlm.data.convert import convert_data
 from vlm.data.sample import Picture, Sample
 from vlm.data.sources import sources_at
 from vlm.data.tar import TarSource
-from vlm.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +38,12 @@ def test_every_reader_gives_the_same_samples(root: Path, tmp_path: Path) -> None
     assert [content(sample) for sample in streamed] == expected and streamed.blocks == (5, 5, 2)
 
 
-class Stop(Exception):
-    """Stands for a kill."""
-
-
 def run(root: Path, folder: Path, name: str, *more: str, resume: bool = False) -> Path:
     return vlm.fit(vlm.compose("llava_tiny", f"data_root={root}", f"runs={folder}", f"name={name}", "save.every=1", *tiny.MIXED, *more), resume=resume)
 
 
 def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in ("seconds", "wait", "memory")} for record in records], load_file(folder / "export" / "model.safetensors")
+    return [kept(record) for record in records(folder)], load_file(folder / "export" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +53,11 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("more", [(), ("every_stage.pack=120", "every_stage.max_length=120"), ("data.captions.stream=true",)], ids=["plain", "packed", "streamed"])
-def test_a_mixed_run_goes_on_bit_for_bit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Path, workers: int, more: tuple[str, ...]) -> None:
+def test_a_mixed_run_goes_on_bit_for_bit(root: Path, tmp_path: Path, whole: Path, workers: int, more: tuple[str, ...]) -> None:
     """Two ranks: tests/unit/test_ranks.py."""
     expected = whole if not more else run(root, tmp_path, "whole", *more)
-    save = checkpoint.save
-
-    def save_and_stop(folder: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
-        made = save(folder, engine, position, keep)
-        if position.total == 6:
-            raise Stop
-        return made
-
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    with pytest.raises(Stop):
+    with stopped_at(6):
         run(root, tmp_path, "cut", f"workers={workers}", *more)
-    monkeypatch.setattr(checkpoint, "save", save)
     left, right = outcome(expected), outcome(run(root, tmp_path, "cut", f"workers={workers}", *more, resume=True))
     assert left[0] == right[0]
     assert all(torch.equal(left[1][name], tensor) for name, tensor in right[1].items())

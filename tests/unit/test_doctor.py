@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from vlm import doctor
 from vlm.cli import app
-from vlm.train import doctor
-from vlm.train.doctor import KNOWN_BAD, Device, Diagnosis, Facts, Package, examine, judge
+from vlm.doctor import KNOWN_BAD, Device, Diagnosis, Facts, Package, examine, judge
 
 CORE = {name: Package("1.5", ">=1,<2", core=True) for name in ("deepspeed", "peft")}
 HEALTHY = Facts(

@@ -19,13 +19,14 @@ from vlm.data.sample import Picture, Sample, Turn
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.eval import run as runs
 from vlm.eval.blind import TrainingAnswers, grey, masked
-from vlm.eval.run import evaluate
+from vlm.eval.run import evaluate, protocol
 from vlm.eval.score import Question, matches, questions, shares
 from vlm.generate import Answer
 from vlm.images import open_picture
-from vlm.loading import first_model
+from vlm.loading import first_model, load
 from vlm.processor import VLMProcessor, placeholder_id
 from vlm.prompt import PromptSpec
+from vlm.tiles import Tiling
 from vlm.train.config import RunSpec
 
 A, B = Picture("a.png"), Picture("b.png")
@@ -206,7 +207,7 @@ def test_the_protocol_tells_what_must_be_equal(run: Path) -> None:
     assert first["hash"] != other["hash"]
     assert {key for key in first if first[key] != other[key]} == {"scored", "hash"}
     assert first["prompt"]["use"] == "chatml"
-    assert first["pictures"]["policy"] == "pad"
+    assert first["pictures"]["use"] == "pad"
 
 
 def test_the_protocol_says_what_was_scored(root: Path, tmp_path: Path) -> None:
@@ -224,6 +225,13 @@ def test_the_protocol_says_what_was_scored(root: Path, tmp_path: Path) -> None:
     others = [scored("blue"), scored("red", limit=1), scored("red", stage="align")]
     assert [{key for key in first["scored"] if first["scored"][key] != other["scored"][key]} for other in others] == [{"sha256"}, {"limit"}, {"stage"}]
     assert len({protocol["hash"] for protocol in (first, *others)}) == 4 and scored("red") == first
+
+
+def test_another_grid_of_tiles_is_another_protocol(run: Path) -> None:
+    model, own = load(run)
+    processors = [VLMProcessor(own.model, own.width, own.tokenizer, own.prompt.spec, "anyres", tiling=Tiling(grids=grids)) for grids in (((1, 2),), ((2, 1),))]
+    first, other = (protocol(model, processor, {}, 1) for processor in processors)
+    assert {key for key in first if first[key] != other[key]} == {"pictures", "hash"}
 
 
 def test_a_limit_spreads_over_the_source(run: Path) -> None:

@@ -98,6 +98,17 @@ def test_a_released_file(tmp_path: Path, kind: str, form: str) -> None:
     assert equal(encoder.tower, tower.state_dict())
 
 
+@pytest.mark.parametrize("both", [True, False])
+def test_a_siglip_without_a_pooling_head_leaves_that_of_the_file_behind(tmp_path: Path, both: bool) -> None:
+    whole, tower = their_tower("siglip", both)
+    whole.save_pretrained(tmp_path)
+    bare = SigLIPSpec(path=str(tmp_path), config=tiny.tower_config("siglip", vision_use_head=False))
+    encoder: Any = first_model(with_tower(bare), 399).encoder
+    expected = {name: tensor for name, tensor in tower.state_dict().items() if not name.startswith("head.")}
+    assert len(expected) < len(tower.state_dict()) and equal(encoder.tower, expected)
+    assert encoder.unused({"image": ["final"]}) == []
+
+
 def write(tensors: dict[str, Tensor], file: Path) -> None:
     if file.suffix == ".bin":
         torch.save(tensors, file)

@@ -1,7 +1,6 @@
 """What TensorBoard shows is what metrics.jsonl says, also after a run went on from an older checkpoint."""
 
 import importlib.util
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 import pytest
 import tiny
+from interrupted import records, stopped_at
 
 import vlm
-from vlm.train import checkpoint
 from vlm.train.log import Log
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -65,10 +64,6 @@ def record(total: int, loss: float, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, float]:
     found = {}
     for key, value in tree.items():
@@ -111,22 +106,12 @@ def test_curves_do_not_double(tmp_path: Path, curves: Callable[[Path], Curves]) 
     assert drawn["rates/connector.mlp"][1] == (2, pytest.approx(0.0005))
 
 
-def test_a_run_that_went_on(tmp_path: Path, curves: Callable[[Path], Curves], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_went_on(tmp_path: Path, curves: Callable[[Path], Curves]) -> None:
     """Stopped after step 6 of 8, which is the second of the second stage; the newest checkpoint is that of step 6, and steps 7 and 8 are drawn once."""
     root = tiny.data_root(tmp_path / "data")
     run = vlm.compose("llava_tiny", f"data_root={root}", f"runs={tmp_path}", "name=cut", "save.every=2")
-    save = checkpoint.save
-
-    def save_and_stop(folder: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
-        made = save(folder, engine, position, keep)
-        if position.total == 6:
-            raise KeyboardInterrupt
-        return made
-
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(6):
         vlm.fit(run)
-    monkeypatch.setattr(checkpoint, "save", save)
     folder = vlm.fit(run, resume=True)
     same(folder, curves(folder))
     assert [step for step, _ in curves(folder)["loss"]] == list(range(1, 9))

@@ -1,4 +1,4 @@
-"""LoRA on any part: the identity at first, the equalities of every adaptation, files that stock PEFT reads and writes, two stages of a run."""
+"""LoRA on any part: the identity at first, the equalities of every adaptation, two stages of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,54 +9,32 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from adapted import logits, made, model_spec
+from equal import differences, measure, trained
+from interrupted import stopped_at
+from safetensors.torch import load_file
+from torch import nn
 
 import vlm
 from vlm.composition import from_plain
-from vlm.config import LLMSpec, ModelSpec
-from vlm.connectors.linear import LinearSpec
-from vlm.connectors.mlp import MLPSpec
 from vlm.data.sample import Picture, Sample, Turn
-from vlm.encoders.clip import CLIPSpec
 from vlm.encoders.siglip import SigLIPSpec
-from vlm.errors import CheckpointError, ConfigurationError
+from vlm.errors import ConfigurationError
 from vlm.llm import head as heads
 from vlm.llm import registry
 from vlm.llm.base import AdaptationSpec
 from vlm.llm.lora import LoRASpec
-from vlm.loading import first_model, saved_model
+from vlm.loading import saved_model
 from vlm.model import VLM
-from vlm.processor import VLMProcessor, collate, placeholder_id
+from vlm.processor import VLMProcessor
 from vlm.prompt import PromptSpec
-from vlm.train import checkpoint
-from vlm.train.folder import absolute
-from vlm.weights.adapter import write_adapters
+from vlm.row import Row, collate
 
 EVERYWHERE = {
     "lora": LoRASpec(rank=3, targets=("*_proj", "lm_head", "embed_tokens")),
     "tower_lora": LoRASpec(part="encoder", rank=2),
     "bridge": LoRASpec(part="connector", rank=2, rslora=True),
 }
-
-
-def model_spec(family: str = "llama", adapt: Mapping[str, AdaptationSpec] | None = None, **numbers: Any) -> ModelSpec:
-    llm = LLMSpec(config=tiny.llm_config(family, **numbers), weights="random")
-    return ModelSpec(encoder=CLIPSpec(config=tiny.tower_config(), weights="random"), connector=MLPSpec(), llm=llm, adapt=adapt or {})
-
-
-def made(spec: ModelSpec, first: bool = False) -> VLM:
-    """A model of this spec; first: LoRA at its first values, else with values everywhere."""
-    torch.manual_seed(0)
-    model = first_model(spec, placeholder_id(tiny.tokenizer()))
-    if not first:
-        with torch.no_grad():
-            for path, parameters in model.groups().items():
-                for parameter in parameters if path.endswith(".lora") else ():
-                    nn.init.normal_(parameter, std=0.2)
-    return model.train()
 
 
 @pytest.fixture(scope="module")
@@ -69,39 +47,10 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     text = Turn("user", ("How many objects are there?",))
     says = Turn("assistant", ("red and green",), True)
     rows = [processor.row(Sample("a", (picture, says))), processor.row(Sample("b", (text, says)))]
-    one, two = ({name: value for name, value in collate([row], pad_id=0).items() if name not in ("plain", "attention_mask")} for row in rows)
-    packed: dict[str, Any] = {name: torch.cat([one[name], two[name]], 1) for name in one if isinstance(one[name], Tensor) and one[name].shape[0] == 1}
-    packed |= {"images": one["images"], "documents": 2, "document_ids": torch.cat([torch.zeros_like(one["input_ids"]), torch.ones_like(two["input_ids"])], 1)}
-    packed["labels"][0, one["input_ids"].shape[1]] = -100
-    packed["position_ids"] = torch.cat([torch.arange(row["input_ids"].shape[1]) for row in (one, two)])[None]
     asked = [Sample("a", (picture,)), Sample("b", (text,))]
-    return {"vision": collate(rows[:1], pad_id=0), "text": collate(rows[1:], pad_id=0), "both": collate(rows, pad_id=0), "packed": packed} | {
+    return {"vision": collate(rows[:1], pad_id=0), "text": collate(rows[1:], pad_id=0), "both": collate(rows, pad_id=0), "packed": collate([Row.packed(rows)], pad_id=0)} | {
         "ask_a": processor(asked[:1]), "ask_b": processor(asked[1:]), "ask": processor(asked)
     }  # fmt: skip
-
-
-def measure(model: VLM, *chosen: Mapping[str, Any]) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    total = 0.0
-    for batch in chosen:
-        output = model(**batch)
-        output.loss_sum.backward()
-        total += output.loss_sum.item()
-    idle = {id(parameter) for parameter in model.unused()}
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and id(p) not in idle}
-
-
-def agree(left: tuple[float, dict[str, Tensor]], right: tuple[float, dict[str, Tensor]]) -> bool:
-    """Within DESIGN rule 3."""
-    assert left[1].keys() == right[1].keys()
-    largest = max(gradient.abs().max().item() for gradient in right[1].values())
-    close = all((left[1][name] - g).abs().max() <= 1e-5 * g.abs().max() + 1e-6 * largest for name, g in right[1].items())
-    return close and abs(left[0] - right[0]) <= 1e-6 * abs(right[0])
-
-
-def logits(model: VLM, batch: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
 
 # ---- structure -------------------------------------------------------------------------------------------------------------
@@ -118,9 +67,7 @@ def test_nothing_changes_at_first_and_everything_trains_after(family: str, batch
     assert {"llm.lora", "encoder.lora", "connector.mlp.lora"} <= plain.groups().keys()
     named = {id(p): name for name, p in plain.named_parameters()}
     assert all(("lora_" in named[id(p)]) == path.endswith(".lora") for path, parameters in plain.groups().items() for p in parameters)
-    _, gradients = measure(made(model_spec(family, EVERYWHERE)), batches["both"])
-    idle = {id(p) for p in plain.unused()}
-    assert gradients.keys() == {name for name, p in plain.named_parameters() if id(p) not in idle}
+    assert measure(made(model_spec(family, EVERYWHERE)), batches["both"]).gradients.keys() == trained(plain).keys()
 
 
 def test_the_default_is_every_linear_of_the_blocks() -> None:
@@ -136,12 +83,12 @@ def test_the_default_is_every_linear_of_the_blocks() -> None:
 
 def test_adapters_of_a_frozen_encoder_learn(batches: dict[str, Any]) -> None:
     model = made(model_spec(adapt={"tower_lora": LoRASpec(part="encoder", rank=2)}))
-    trained = {id(p) for p in model.groups()["encoder.lora"]}
+    adapters = {id(p) for p in model.groups()["encoder.lora"]}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
-    _, gradients = measure(model, batches["both"])
+        parameter.requires_grad_(id(parameter) in adapters)
+    gradients = measure(model, batches["both"]).gradients
     assert gradients and all("lora_" in name and gradient.abs().max() > 0 for name, gradient in gradients.items())
-    assert not any(p.grad is not None for p in model.parameters() if id(p) not in trained)
+    assert not any(p.grad is not None for p in model.parameters() if id(p) not in adapters)
 
 
 def test_what_is_saved_comes_back(tmp_path: Path, batches: dict[str, Any]) -> None:
@@ -168,11 +115,11 @@ def test_rows_batches_checkpoints_and_answers_agree(family: str, attention: str,
     model = made(model_spec(family, EVERYWHERE))
     model.llm.set_attn_implementation(attention)
     apart = measure(model, batches["vision"], batches["text"])
-    assert agree(measure(model, batches["both"]), apart)
-    assert agree(measure(model, batches["packed"]), apart)
-    assert not agree(measure(model, batches["packed"] | {"document_ids": torch.zeros_like(batches["packed"]["document_ids"])}), apart)
+    assert not differences(measure(model, batches["both"]), apart)
+    assert not differences(measure(model, batches["packed"]), apart)
+    assert differences(measure(model, batches["packed"] | {"document_ids": torch.zeros_like(batches["packed"]["document_ids"])}), apart)
     model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert agree(measure(model, batches["vision"], batches["text"]), apart)
+    assert not differences(measure(model, batches["vision"], batches["text"]), apart)
     model.llm.gradient_checkpointing_disable()
     model.eval()
     together = model.generate(**batches["ask"], max_new_tokens=6, do_sample=False)
@@ -189,12 +136,12 @@ def test_a_head_in_chunks_is_the_whole_head_and_calls_as_often(monkeypatch: pyte
     whole = measure(model, batches["both"])
     before, calls[:] = list(calls), []
     monkeypatch.setattr(heads, "CHUNK", 2 * 400)
-    assert agree(measure(model, batches["both"]), whole)
+    assert not differences(measure(model, batches["both"]), whole)
     assert calls == before and before.count("lora_A.default") == 1
     labels = batches["both"]["labels"][:, 1:]
     at = labels != -100
     scores = logits(model, batches["both"])[:, :-1]
-    assert whole[0] == pytest.approx(nn.functional.cross_entropy(scores[at], labels[at], reduction="sum").item(), rel=1e-5)
+    assert whole.loss == pytest.approx(nn.functional.cross_entropy(scores[at], labels[at], reduction="sum").item(), rel=1e-5)
 
 
 def test_dropout_acts_in_training_only(batches: dict[str, Any]) -> None:
@@ -202,7 +149,7 @@ def test_dropout_acts_in_training_only(batches: dict[str, Any]) -> None:
     model = made(spec)
     assert torch.equal(logits(model, batches["both"]), logits(made(replace(spec, adapt={"lora": LoRASpec(rank=3, targets=("q_proj", "lm_head"))})), batches["both"]))
     model.train()
-    assert measure(model, batches["both"])[0] != measure(model, batches["both"])[0]
+    assert measure(model, batches["both"]).loss != measure(model, batches["both"]).loss
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------------
@@ -273,156 +220,12 @@ def test_lora_does_not_come_after_what_is_built_on_top_of_it(root: Path) -> None
         model.add("lora", run.model.adapt["lora"])
 
 
-# ---- files of others -------------------------------------------------------------------------------------------------------------
-
-
-def base_of(model: VLM, folder: Path) -> Path:
-    """The decoder as a model of others, without our adapters."""
-    numbers = model.config.text_config
-    plain = AutoModelForCausalLM.from_config(numbers)
-    tensors = {name.replace(".base_layer", ""): tensor for name, tensor in model.llm.state_dict().items() if ".lora_" not in name}
-    plain.load_state_dict(tensors)
-    plain.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize(("family", "targets"), [("llama", None), ("llama", ("layers.0.mlp.up_proj", "lm_head", "embed_tokens")), ("gemma2", ("q_proj", "lm_head"))])
-def test_stock_peft_reads_ours(family: str, targets: tuple[str, ...] | None, tmp_path: Path) -> None:
-    model = made(model_spec(family, {"mine": LoRASpec(rank=3, alpha=5, rslora=True, targets=targets)}))
-    write_adapters(model, tmp_path / "out")
-    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(model, tmp_path / "base")), tmp_path / "out" / "mine").eval()
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = stock(input_ids=ids).logits
-    assert (logits(model, {"input_ids": ids}) - expected).abs().max() <= 1e-6
-    written = json.loads((tmp_path / "out" / "mine" / "adapter_config.json").read_text())["target_modules"]
-    assert (len(written) == 7) if targets is None else ("model.layers.0.mlp.up_proj" in written or set(written) == {"q_proj", "lm_head"})
-    assert (expected - logits(made(model_spec(family)), {"input_ids": ids})).abs().max() > 0.01
-
-
-def test_stock_peft_reads_our_tower(tmp_path: Path) -> None:
-    model = made(model_spec(adapt={"tower_lora": LoRASpec(part="encoder", rank=2)})).eval()
-    write_adapters(model, tmp_path)
-    tower = CLIPVisionModel(CLIPVisionConfig(**tiny.tower_config()))
-    own: Any = model.encoder.tower
-    tower.load_state_dict({name.replace(".base_layer", ""): tensor for name, tensor in own.state_dict().items() if ".lora_" not in name})
-    stock = PeftModel.from_pretrained(tower, tmp_path / "tower_lora").eval()
-    pixels = torch.randn(2, 3, 28, 28)
-    with torch.no_grad():
-        difference = own(pixel_values=pixels).last_hidden_state - stock(pixel_values=pixels).last_hidden_state
-    assert difference.abs().max() <= 1e-6
-    with pytest.raises(ConfigurationError, match="bridge has no stock form"):
-        write_adapters(made(model_spec(adapt={"bridge": LoRASpec(part="connector")})), tmp_path / "bridge")
-
-
-def theirs(folder: Path, **settings: Any) -> tuple[VLM, Path]:
-    """A plain model of ours, and a stock adapter with values that peft made for its decoder."""
-    model = made(model_spec())
-    base = AutoModelForCausalLM.from_pretrained(base_of(model, folder / "base"))
-    torch.manual_seed(5)
-    wrapped = get_peft_model(base, LoraConfig(**({"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False} | settings)))
-    wrapped.save_pretrained(str(folder / "adapter"))
-    return model, folder / "adapter"
-
-
-def test_an_adapter_of_others_is_a_first_value(tmp_path: Path) -> None:
-    model, adapter = theirs(tmp_path)
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), adapter).eval()(input_ids=ids).logits
-    spec = LoRASpec(path=str(adapter), dropout=0.1)
-    assert (spec.rank, spec.alpha, spec.rslora, spec.targets) == (3, 7.0, False, ("lm_head", "q_proj"))
-    model.add("lora", spec)
-    assert (logits(model, {"input_ids": ids}) - expected).abs().max() <= 1e-6
-    assert model.config.adapt["lora"]["path"] is None  # a checkpoint needs no folder of others
-    with pytest.raises(ConfigurationError, match="rank is not that of the adapter"):
-        LoRASpec(path=str(adapter), rank=4)
-    with pytest.raises(ConfigurationError, match="no weights at 'gone'"):
-        LoRASpec(path="gone")
-    assert LoRASpec(path="gone", rank=3, alpha=7.0, rslora=False, targets=("lm_head", "q_proj")).rank == 3  # as a run's config.yaml has it
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"use_dora": True, "target_modules": ["q_proj"]}, "use_dora True"),
-        ({"bias": "lora_only", "target_modules": ["q_proj"]}, "bias lora_only"),
-        ({"modules_to_save": ["embed_tokens"]}, r"modules_to_save \['embed_tokens'\]"),
-        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern"),
-        ({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}, "changed the base weights"),
-    ],
-)  # fmt: skip
-def test_more_than_plain_lora_is_refused_by_name(settings: Mapping[str, Any], said: str, tmp_path: Path) -> None:
-    _, adapter = theirs(tmp_path, **settings)
-    with pytest.raises(ConfigurationError, match=f"more than plain LoRA.*{said}"):
-        LoRASpec(path=str(adapter))
-
-
-def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    _, adapter = theirs(tmp_path)
-    with pytest.raises(CheckpointError, match=r"adapter .* does not fit.*lora_A\.weight \(3, 32\) for \(3, 64\)"):
-        first_model(model_spec(adapt={"lora": LoRASpec(path=str(adapter))}, hidden_size=64), 330)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"] = tensors.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight")
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"unexpected model\.layers\.0\.mlp\.up_proj\.lora_A\.weight.*missing model\.layers\.1\.self_attn\.q_proj\.lora_B\.weight"):
-        made(model_spec()).add("lora", LoRASpec(path=str(adapter)))
-
-
-def test_base_tensors_of_an_adapter_are_those_of_the_base_or_refused(tmp_path: Path) -> None:
-    _, adapter = theirs(tmp_path)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    name = "base_model.model.lm_head.base_layer.weight"
-    assert name in tensors  # peft writes it because the head carries LoRA
-    tensors[name] += 1
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"unexpected lm_head\.base_layer\.weight"):
-        made(model_spec()).add("lora", LoRASpec(path=str(adapter)))
-
-
-def test_rows_of_added_tokens_are_the_mean_of_the_others(tmp_path: Path) -> None:
-    _, adapter = theirs(tmp_path)
-    spec = model_spec(adapt={"lora": LoRASpec(path=str(adapter))})
-    model = first_model(replace(spec, llm=LLMSpec(path=str(tmp_path / "base"))), 402)
-    scores = logits(model, {"input_ids": torch.arange(20)[None]})
-    assert scores.shape[-1] == 403
-    assert (scores[..., 400:] - scores[..., :400].mean(-1, keepdim=True)).abs().max() <= 1e-5
-
-
-def test_a_released_llava_lora_brings_its_projector(tmp_path: Path) -> None:
-    """adapter_model.bin and non_lora_trainables.bin, as LLaVA-1.5's finetune_lora script leaves them."""
-    model, adapter = theirs(tmp_path, target_modules=["q_proj", "v_proj"])
-    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
-    (adapter / "adapter_model.safetensors").unlink()
-    projector = {name: torch.randn_like(tensor) for name, tensor in model.connector["mlp"].state_dict().items()}
-    torch.save({f"base_model.model.model.mm_projector.{name.removeprefix('layers.')}": tensor.half() for name, tensor in projector.items()}, adapter / "non_lora_trainables.bin")
-    model.add("lora", LoRASpec(path=str(adapter)))
-    assert all(torch.equal(tensor, projector[name].half().float()) for name, tensor in model.connector["mlp"].state_dict().items())
-    assert all(p.abs().max() > 0 for p in model.groups()["llm.lora"])
-    with pytest.raises(CheckpointError, match="holds another projector than the model"):
-        first_model(replace(model_spec(adapt={"lora": LoRASpec(path=str(adapter))}), connector=LinearSpec()), 330)
-    torch.save({"base_model.model.lm_head.weight": torch.zeros(1)}, adapter / "non_lora_trainables.bin")
-    with pytest.raises(CheckpointError, match=r"non_lora_trainables\.bin does not fit.*lm_head"):
-        made(model_spec()).add("lora", LoRASpec(path=str(adapter)))
-
-
 # ---- a run ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.data_root(tmp_path_factory.mktemp("data"))
-
-
-def test_a_run_knows_where_its_adapter_lies(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    run = vlm.compose("llava_tiny", f"data_root={root}", "model.adapt={lora: {path: adapter}}")
-    assert absolute(run).model.adapt["lora"] == replace(run.model.adapt["lora"], path=str(tmp_path / "adapter"))
-
-
-class Stop(Exception):
-    """Stands for a kill."""
 
 
 def run(root: Path, folder: Path, name: str, *more: str, resume: bool = False) -> Path:
@@ -432,20 +235,10 @@ def run(root: Path, folder: Path, name: str, *more: str, resume: bool = False) -
     return vlm.fit(vlm.compose("llava_tiny", f"data_root={root}", f"runs={folder}", f"name={name}", *shape, *train, *more), resume=resume)
 
 
-def test_a_run_of_two_stages_resumes_bit_by_bit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_two_stages_resumes_bit_by_bit(root: Path, tmp_path: Path) -> None:
     whole = run(root, tmp_path, "whole")
-    save = checkpoint.save
-
-    def save_and_stop(folder: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
-        done = save(folder, engine, position, keep)
-        if position.total == 6:
-            raise Stop
-        return done
-
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    with pytest.raises(Stop):
+    with stopped_at(6):
         run(root, tmp_path, "cut")
-    monkeypatch.setattr(checkpoint, "save", save)
     cut = run(root, tmp_path, "cut", resume=True)
     expected, got = (load_file(folder / "export" / "model.safetensors") for folder in (whole, cut))
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)

@@ -2,126 +2,38 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
+from conversations import batch_of, drawn, packed, processor, rows_of, says, user
+from equal import differences, measure, trained
+from models import DECODERS, FAMILY, TOWERS, made, model_spec
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 import vlm.auto  # noqa: F401
-from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec
-from vlm.data.sample import Picture, Sample, Turn
-from vlm.encoders.clip import CLIPSpec
-from vlm.encoders.siglip import SigLIPSpec
+from vlm.data.sample import Picture, Sample
 from vlm.errors import CheckpointError, DataError
 from vlm.llm import context as contexts
-from vlm.llm import head as heads
 from vlm.llm.decoder import layers
 from vlm.loading import first_model, load, saved_model
 from vlm.model import VLM
-from vlm.processor import IGNORE, Row, VLMProcessor, collate, placeholder_id
-from vlm.prompt import PromptSpec
-from vlm.splice import put_features
+from vlm.processor import VLMProcessor, placeholder_id
+from vlm.row import IGNORE, Row
 
-TOWERS = {"clip": CLIPSpec, "siglip": SigLIPSpec}
-DECODERS = [(family, attention) for family in tiny.FAMILIES for attention in ("sdpa", "eager") if (family, attention) != ("gemma2", "sdpa")]  # which transformers does not have
 EVERY = pytest.mark.parametrize("family, attention, tower", [*((*decoder, "clip") for decoder in DECODERS), ("llama", "sdpa", "siglip")])
-FAMILY = pytest.mark.parametrize("family, attention", DECODERS)
-
-
-def model_spec(family: str = "llama", tower: str = "clip", **numbers: Any) -> ModelSpec:
-    encoder = TOWERS[tower](config=tiny.tower_config(tower), weights="random")
-    return ModelSpec(encoder=encoder, connector=MLPSpec(), llm=LLMSpec(config=tiny.llm_config(family, **numbers), weights="random"))
-
-
-def made(family: str = "llama", attention: str | None = None, tower: str = "clip", **numbers: Any) -> VLM:
-    torch.manual_seed(0)
-    model = first_model(model_spec(family, tower, **numbers), placeholder_id(tiny.tokenizer()))
-    with torch.no_grad():
-        for parameter in model.llm.parameters():  # no bias is zero, no scale is one
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
-    if attention is not None:
-        model.llm.set_attn_implementation(attention)
-    return model.train()
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
-    folder = tmp_path_factory.mktemp("pictures")
-    for number in range(3):
-        tiny.picture(seed=number, size=(30 + 7 * number, 28)).save(folder / f"{number}.png")
-    return [Picture(str(folder / f"{number}.png")) for number in range(3)]
-
-
-@cache
-def processor_of(tower: str) -> VLMProcessor:
-    return VLMProcessor(model_spec(tower=tower), 32, tiny.tokenizer(), PromptSpec(use="chatml"), "pad")
-
-
-def rows_of(pictures: Sequence[Picture], tower: str = "clip") -> dict[str, Row]:
-    """One row of every kind; all are longer than the windows of 12."""
-
-    def user(*parts: str | Picture) -> Turn:
-        return Turn("user", parts)
-
-    def says(text: str) -> Turn:
-        return Turn("assistant", (text,), True)
-
-    one, two, three = pictures
-    samples = {
-        "vision": Sample("vision", (user(one, "\nWhat colour?"), says("red and green"))),
-        "text": Sample("text", (user("Hello"), says("Hello!"), user("How many objects?"), says("two of them"))),
-        "several": Sample("several", (user(two, " and ", three, " which one?"), says("the left"), user("Why?"), says("it is blue"))),
-        "branches": Sample("branches", (user(two, "\nWhat colour?"), says("red"), user("How many?"), says("two objects"), user("Where?"), says("left")), independent=True),
-    }
-    return {name: processor_of(tower).row(sample) for name, sample in samples.items()}
-
-
-def batch_of(*rows: Row) -> dict[str, Any]:
-    return collate(rows, pad_id=0)
-
-
-def packed(*rows: Row) -> dict[str, Any]:
-    """These rows as documents of one row."""
-    return collate([Row.packed(rows)], pad_id=0)
-
-
-def trained(model: VLM) -> dict[str, Tensor]:
-    idle = {id(parameter) for parameter in model.unused()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in idle}
-
-
-def measure(model: VLM, *batches: Mapping[str, Any]) -> tuple[float, dict[str, Tensor]]:
-    """Summed loss and gradients of some passes."""
-    model.zero_grad(set_to_none=True)
-    total = 0.0
-    for batch in batches:
-        output = model(**batch)
-        output.loss_sum.backward()
-        total += output.loss_sum.item()
-    return total, {name: parameter.grad.clone() for name, parameter in trained(model).items() if parameter.grad is not None}
-
-
-def differences(left: tuple[float, dict[str, Tensor]], right: tuple[float, dict[str, Tensor]]) -> list[str]:
-    """Where two measurements differ by more than DESIGN rule 3 allows."""
-    assert left[1].keys() == right[1].keys()
-    found = [f"loss {left[0]} {right[0]}"] if abs(left[0] - right[0]) > 1e-6 * abs(right[0]) else []
-    largest = max(gradient.abs().max().item() for gradient in right[1].values())
-    for name, gradient in right[1].items():
-        gap = (left[1][name] - gradient).abs().max().item()
-        if gap > 1e-5 * gradient.abs().max().item() + 1e-6 * largest:
-            found.append(f"{name} {gap}")
-    return found
+    return drawn(tmp_path_factory.mktemp("pictures"))
 
 
 # ---- equalities ------------------------------------------------------------------------------------------------------------
@@ -132,7 +44,7 @@ def test_a_mixed_batch_is_the_sum_of_its_rows(pictures: list[Picture], family: s
     model, rows = made(family, attention, tower), rows_of(pictures, tower)
     together = measure(model, batch_of(*rows.values()))
     alone = measure(model, *(batch_of(row) for row in rows.values()))
-    assert together[1].keys() == trained(model).keys()
+    assert together.gradients.keys() == trained(model).keys()
     assert not differences(together, alone)
     plain = [row for name, row in rows.items() if name != "branches"]
     assert batch_of(*plain)["plain"] and not differences(measure(model, batch_of(*plain)), measure(model, batch_of(*plain) | {"plain": False}))
@@ -188,9 +100,9 @@ def test_a_mask_without_the_document_test_is_noticed(pictures: list[Picture], mo
 
 @FAMILY
 def test_branches_are_conversations_of_their_own(pictures: list[Picture], family: str, attention: str) -> None:
-    model, processor = made(family, attention), processor_of("clip")
+    model, one = made(family, attention), processor(policy="pad")
     pairs = [("What colour?", "red"), ("How many?", "two objects"), ("Where?", "left")]
-    apart = [processor.row(Sample("", (Turn("user", (pictures[1], f"\n{question}")), Turn("assistant", (answer,), True)))) for question, answer in pairs]
+    apart = [one.row(Sample("", (user(pictures[1], f"\n{question}"), says(answer)))) for question, answer in pairs]
     assert not differences(measure(model, batch_of(rows_of(pictures)["branches"])), measure(model, *map(batch_of, apart)))
 
 
@@ -300,72 +212,6 @@ def test_every_parameter_is_in_one_group() -> None:
         assert ("llm.head" in model.groups()) == (family not in tiny.TIED)
 
 
-# ---- loss and head ---------------------------------------------------------------------------------------------------------
-
-
-@FAMILY
-def test_the_loss_is_cross_entropy_of_the_logits(pictures: list[Picture], family: str, attention: str) -> None:
-    model, rows = made(family, attention), rows_of(pictures)
-    batch = batch_of(*rows.values())
-    output = model(**batch)
-    asked = model(**batch, logits_to_keep=0)
-    unlabelled = model(**{name: value for name, value in batch.items() if name != "labels"})
-    assert output.logits is None and torch.equal(asked.logits, unlabelled.logits) and asked.logits.shape == (*batch["input_ids"].shape, 400)
-    assert torch.allclose(model(**batch, logits_to_keep=3).logits, asked.logits[:, -3:], rtol=0, atol=1e-6)
-    losses = F.cross_entropy(asked.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE, reduction="none").view(len(rows), -1)
-    assert output.loss_sum.item() == pytest.approx(losses.sum().item(), rel=1e-6)
-    assert output.count.item() == sum(row.supervised for row in rows.values())
-    assert output.loss.item() == pytest.approx((output.loss_sum / output.count).item(), rel=1e-7)
-    assert torch.allclose(output.document_losses, losses.sum(1), rtol=1e-5) and output.document_counts.tolist() == [row.supervised for row in rows.values()]
-    assert not output.document_losses.requires_grad
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_head_in_chunks_is_the_head(pictures: list[Picture], monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    model, batch = made(family), batch_of(*rows_of(pictures).values())
-    whole = measure(model, batch)
-    shapes: list[int] = []
-    loss = heads.LossHead._loss
-
-    def watched(self: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-        shapes.append(len(hidden))
-        return loss(self, hidden, labels)
-
-    monkeypatch.setattr(heads, "CHUNK", 3 * 400 + 1)
-    monkeypatch.setattr(heads.LossHead, "_loss", watched)
-    with torch.no_grad():
-        model(**batch)
-    supervised = int(model(**batch).count)
-    assert max(shapes) == 3 and sum(shapes[: len(shapes) // 2]) == supervised and supervised % 3
-    assert not differences(measure(model, batch), whole)
-
-
-def test_unsupervised_positions_never_reach_the_head(pictures: list[Picture]) -> None:
-    model, rows = made(), rows_of(pictures)
-    seen: list[tuple[int, ...]] = []
-    model.llm.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    model(**batch_of(*rows.values()))
-    model(**batch_of(replace(rows["text"], labels=[IGNORE] * len(rows["text"]))))
-    assert seen == [(sum(row.supervised for row in rows.values()), 32), (0, 32)]
-
-
-def test_gemma2_caps_its_logits(pictures: list[Picture]) -> None:
-    model, batch = made("gemma2", "eager", final_logit_softcapping=2.0), batch_of(rows_of(pictures)["text"])
-    model.llm.lm_head.weight.data.mul_(20)
-    logits = model(**batch, logits_to_keep=0)
-    assert 1.9 < logits.logits.abs().max() <= 2
-    expected = F.cross_entropy(logits.logits[0, :-1], batch["labels"][0, 1:], ignore_index=IGNORE, reduction="sum")
-    assert logits.loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_without_a_target_the_loss_is_zero_and_finite(pictures: list[Picture]) -> None:
-    model, rows = made(), rows_of(pictures)
-    output = model(**batch_of(replace(rows["vision"], labels=[IGNORE] * len(rows["vision"]))))
-    assert output.loss.item() == 0 and output.count.item() == 0
-    output.loss.backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained(model).values())
-
-
 # ---- pictures among text ---------------------------------------------------------------------------------------------------
 
 
@@ -384,16 +230,6 @@ def test_a_row_holds_its_own_pictures_only(pictures: list[Picture]) -> None:
 
 def embedded(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Any]:
     return batch["input_ids"], batch["mm_token_type_ids"] == 1, batch["images"]
-
-
-def test_splice_puts_features_in_reading_order_and_counts_them() -> None:
-    embeddings, features = torch.zeros(2, 3, 2), torch.arange(1.0, 7.0).view(3, 2)
-    vision = torch.tensor([[False, True, False], [True, False, True]])
-    assert put_features(embeddings, features, vision)[vision].tolist() == features.tolist()
-    assert not embeddings.any()
-    for wrong in (features[:2], torch.zeros(4, 2)):
-        with pytest.raises(DataError, match=rf"got {len(wrong)} features; expected 3 placeholder tokens"):
-            put_features(embeddings, wrong, vision)
 
 
 def test_a_batch_with_a_missing_picture_is_refused(pictures: list[Picture]) -> None:
@@ -439,10 +275,10 @@ def equal(left: VLM, right: VLM) -> bool:
 
 @pytest.mark.parametrize("family, tower, numbers", SAVED)
 def test_what_is_saved_comes_back_bit_for_bit(pictures: list[Picture], tmp_path: Path, family: str, tower: str, numbers: dict[str, Any]) -> None:
-    model, processor = made(family, tower=tower, **numbers).eval(), processor_of(tower)
+    model, one = made(family, tower=tower, **numbers).eval(), processor(policy="pad", encoder=model_spec(tower=tower).encoder)
     next(model.encoder.parameters()).data += 0.125  # a tuned tower is not overwritten by a stock one
     model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    one.save_pretrained(tmp_path)
     batch = batch_of(*rows_of(pictures, tower).values())
     expected = model(**batch).loss_sum
     ways = {
@@ -459,11 +295,11 @@ def test_what_is_saved_comes_back_bit_for_bit(pictures: list[Picture], tmp_path:
         assert (again.spec.encoder, again.spec.connector) == (model.spec.encoder, model.spec.connector), name
     for reader in (AutoProcessor.from_pretrained(tmp_path), VLMProcessor.from_pretrained(tmp_path), load(tmp_path)[1]):
         assert type(reader) is VLMProcessor
-        sample = Sample("", (Turn("user", (pictures[0], "\nWhat?")), Turn("assistant", ("red",), True)))
-        left, right = reader.row(sample), processor.row(sample)
+        talk = Sample("", (user(pictures[0], "\nWhat?"), says("red")))
+        left, right = reader.row(talk), one.row(talk)
         assert (left.ids, left.labels, left.types) == (right.ids, right.labels, right.types)
         assert all(torch.equal(left.images[0].views[name], view) for name, view in right.images[0].views.items())
-        assert reader.policy == "pad" and reader.prompt.spec == processor.prompt.spec
+        assert reader.policy == "pad" and reader.prompt.spec == one.prompt.spec
 
 
 def test_transformers_does_not_draw_our_values_again() -> None:

@@ -1,4 +1,4 @@
-"""Rows and batches: counts are layouts, independent questions are branches, nothing is cut silently, and a saved processor makes the same rows."""
+"""Rows of conversations: counts are layouts, independent questions are branches, nothing is cut silently, and a saved processor makes the same rows."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conversations import batch_of, drawn, facts, processor, sample, says, user
+from models import model_spec
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, processors
@@ -19,15 +21,14 @@ from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.encoders.base import FixedSizeSpec, Mode
-from vlm.encoders.clip import CLIPSpec
 from vlm.errors import CheckpointError, ConfigurationError, DataError
 from vlm.features import Layouts, TokenLayout
 from vlm.generate import prepare
 from vlm.llm.context import TEXT, VISION
 from vlm.loading import first_model, load
-from vlm.model import VLM
-from vlm.processor import IGNORE, Row, VLMProcessor, collate, load_tokenizer, placeholder_id
+from vlm.processor import VLMProcessor, load_tokenizer, placeholder_id
 from vlm.prompt import GIVEN_UP, PromptSpec
+from vlm.row import IGNORE, Row
 
 SIZES = ((40, 30), (28, 28), (13, 90), (100, 15), (1, 1))
 
@@ -46,41 +47,9 @@ class NativeSpec(FixedSizeSpec):
         return {"pixels": self.normalise(image)}
 
 
-def clip() -> CLIPSpec:
-    return CLIPSpec(config=tiny.tower_config(), weights="random")
-
-
-def spec(family: str = "llama", **numbers: Any) -> ModelSpec:
-    return ModelSpec(encoder=clip(), connector=MLPSpec(), llm=LLMSpec(config=tiny.llm_config(family, **numbers), weights="random"))
-
-
-def processor(prompt: str = "chatml", policy: str = "native", tokenizer: PreTrainedTokenizerBase | None = None, encoder: Any = None, **options: Any) -> VLMProcessor:
-    model = ModelSpec(encoder=encoder or clip(), connector=MLPSpec(), llm=spec().llm)
-    return VLMProcessor(model, 32, tokenizer or tiny.tokenizer(), PromptSpec(use=prompt, **options), policy)
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[Picture]:
-    paths = [tmp_path / f"{number}.png" for number in range(len(SIZES))]
-    for number, (path, size) in enumerate(zip(paths, SIZES, strict=True)):
-        tiny.picture(size=size, seed=number).save(path)
-    return [Picture(str(path)) for path in paths]
-
-
-def user(*parts: str | Picture) -> Turn:
-    return Turn("user", parts)
-
-
-def says(text: str) -> Turn:
-    return Turn("assistant", (text,), supervised=True)
-
-
-def sample(*turns: Turn, **options: Any) -> Sample:
-    return Sample("id7", turns, where="train.json, sample 7", **options)
-
-
-def facts(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in vars(row).items() if name != "images"}
+    return drawn(tmp_path, SIZES)
 
 
 def read(one: VLMProcessor, row: Row, branch: int | None = None) -> str:
@@ -159,128 +128,6 @@ def test_a_row_for_generation_begins_the_training_row(pictures: list[Picture]) -
     assert asked.supervised == 0
 
 
-# ---- independent questions -----------------------------------------------------------------------------------------------
-
-FRONT = {"text": (), "one": (0,), "three": (0, 2, 3)}
-QUESTIONS = {
-    "different": (("What colour?", "red"), ("How many?", "two objects"), ("Where?", "left")),
-    "long beginning": (("What colour is the picture?", "red"), ("What colour is the picture! Say.", "red"), ("What colour is the", "two objects")),
-    "identical": (("What colour?", "red"), ("What colour?", "red square"), ("What colour?", "red")),
-}
-
-
-def independent(pictures: list[Picture], front: str, questions: str, head: tuple[Turn, ...] = ()) -> tuple[Sample, list[Sample]]:
-    """A sample of independent questions, and the same questions each as a sample of its own."""
-    shown = tuple(pictures[number] for number in FRONT[front])
-    pairs = QUESTIONS[questions]
-    blank = "\n" if shown else ""
-    alone = [sample(*head, user(*shown, blank + question), says(answer)) for question, answer in pairs]
-    later = [turn for question, answer in pairs[1:] for turn in (user(question), says(answer))]
-    return sample(*alone[0].turns, *later, independent=True), alone
-
-
-def learned_up_to(row: Row) -> int:
-    """Length of a row up to its last learned token; a branch ends there."""
-    return len(row) - next(place for place, label in enumerate(reversed(row.labels)) if label != IGNORE)
-
-
-@pytest.mark.parametrize("head", [(), (Turn("system", ("Be brief.",)),)], ids=["no system", "system"])
-@pytest.mark.parametrize("questions", QUESTIONS)
-@pytest.mark.parametrize("front", FRONT)
-@pytest.mark.parametrize("prompt", ["chatml", "vicuna_v1"])
-def test_every_branch_behind_the_trunk_is_its_question_alone(prompt: str, front: str, questions: str, head: tuple[Turn, ...], pictures: list[Picture]) -> None:
-    one = processor(prompt)
-    together, alone = independent(pictures, front, questions, head)
-    row, rows = one.row(together), [one.row(single) for single in alone]
-    assert sorted(set(row.branches)) == [0, 1, 2, 3]
-    trunk = row.branches.count(0)
-    assert row.ids[:trunk] == rows[0].ids[:trunk]
-    assert set(row.labels[:trunk]) <= {IGNORE}
-    assert row.pictures.count(-1) == len(row) - 4 * len(FRONT[front])
-    for branch, single in enumerate(rows, 1):
-        places = [place for place, of in enumerate(row.branches) if of in (0, branch)]
-        for name in ("ids", "labels", "types", "pictures", "positions"):
-            assert [getattr(row, name)[place] for place in places] == getattr(single, name)[: learned_up_to(single)], name
-        begin = row.branches.index(branch)
-        assert row.labels[begin] == IGNORE, "what stands before a branch in the row does not predict it"
-        assert row.positions[begin] == trunk
-    assert row.supervised == sum(single.supervised for single in rows)
-
-
-@pytest.mark.parametrize("questions", QUESTIONS)
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_branched_equals_separate(family: str, questions: str, pictures: list[Picture]) -> None:
-    """Gemma 2's window (12) is shorter than the rows: a branch's window reaches back into the trunk by position."""
-    model = first_model(spec(family), placeholder_id(tiny.tokenizer())).train()
-    one = processor("chatml", "pad")
-    together, alone = independent(pictures, "three", questions, (Turn("system", ("Be brief.",)),))
-    row, rows = one.row(together), [one.row(single) for single in alone]
-    assert min(len(single) for single in rows) > 24
-    branched = _loss(model, [row])
-    separate = _loss(model, rows)
-    assert branched.count == separate.count
-    assert abs(branched.loss_sum - separate.loss_sum) <= 1e-6 * separate.loss_sum
-    mixed = _loss(model, [rows[0], row, one.row(sample(user("Hello!"), says("Hello!")))])
-    assert mixed.document_losses is not None
-    assert abs(mixed.document_losses[1] - branched.loss_sum) <= 1e-6 * branched.loss_sum
-
-
-def _loss(model: VLM, rows: list[Row]) -> Any:
-    return model(**collate(rows, pad_id=0))
-
-
-def test_one_independent_question_is_an_ordinary_row(pictures: list[Picture]) -> None:
-    one = processor()
-    turns = (user(pictures[0], "\nWhat?"), says("red"))
-    assert facts(one.row(sample(*turns, independent=True))) == facts(one.row(sample(*turns)))
-
-
-@pytest.mark.parametrize("between", [("", "\n"), ("\n", "\n"), ("\n", "\n\n"), ("  ", "")])
-def test_blanks_between_pictures_are_shared(between: tuple[str, str], pictures: list[Picture]) -> None:
-    one = processor()
-    turns = (user(pictures[0], between[0], pictures[1], between[1] + "What?"), says("red"), user("\nWhy?"), says("so"))
-    row = one.row(sample(*turns, independent=True))
-    alone = one.row(sample(user(pictures[0], between[0], pictures[1], between[1] + "Why?"), says("so")))
-    assert [index for index, branch in zip(row.ids, row.branches, strict=True) if branch in (0, 2)] == alone.ids[: learned_up_to(alone)]
-
-
-def test_independent_questions_that_share_no_pictures_are_refused(pictures: list[Picture]) -> None:
-    one = processor()
-    own = sample(user("What?"), says("red"), user(pictures[0], "Why?"), says("so"), independent=True)
-    later = sample(user(pictures[0], "What?"), says("red"), user(pictures[1], "Why?"), says("so"), independent=True)
-    inside = sample(user("What is in ", pictures[0], "?"), says("red"), user("Why?"), says("so"), independent=True)
-    behind = sample(user(pictures[0], "What? ", pictures[1]), says("red"), user("Why?"), says("so"), independent=True)
-    for wrong in (own, later, inside, behind):
-        with pytest.raises(DataError, match=r"^train.json, sample 7: independent questions must share the pictures, which stand in the first question\. leave `independent` away"):
-            one.row(wrong)
-
-
-def test_independent_turns_that_are_no_pairs_are_refused() -> None:
-    for turns in ((user("q"), says("a"), user("r")), (user("q"), user("r"), says("a")), ()):
-        with pytest.raises(DataError, match="^train.json, sample 7: independent turns must be pairs of a question and its answer. got (user|none)"):
-            processor().row(sample(*turns, independent=True))
-
-
-def test_a_branch_that_shares_nothing_does_not_learn_its_first_token() -> None:
-    """Nothing of its own stands before it, as in a row of its own."""
-    one = processor("plain")
-    row = one.row(sample(user("q"), says("red dog"), user("r"), says("two"), independent=True))
-    alone = [one.row(sample(user("q"), says(text))) for text in ("red dog", "two")]
-    assert row.branches[0] == 1
-    assert row.supervised == sum(single.supervised for single in alone)
-
-
-def test_answers_right_behind_a_picture_cannot_branch(pictures: list[Picture]) -> None:
-    with pytest.raises(DataError, match=r"^train.json, sample 7: prompt 'plain' puts answers right behind the picture.*leave `independent` away, or choose another prompt"):
-        processor("plain").row(sample(user(pictures[0]), says("red"), user("r"), says("two"), independent=True))
-
-
-def test_what_happened_to_any_branch_is_counted() -> None:
-    drops = tiny.CHATML.replace("in messages", "in messages if m['role'] != 'system'")
-    row = processor("tokenizer", tokenizer=tiny.tokenizer(chat=drops)).row(sample(Turn("system", ("s",)), user("q"), says("a"), user("r"), says("b"), independent=True))
-    assert row.notes == ("system text folded into the first question",)
-
-
 # ---- rows that are too long ----------------------------------------------------------------------------------------------
 
 
@@ -300,10 +147,10 @@ def test_a_long_row_is_cut_at_its_end_never_inside_a_picture(pictures: list[Pict
 
 
 def test_a_cut_row_goes_through_the_model(pictures: list[Picture]) -> None:
-    one, model = processor(), first_model(spec(), placeholder_id(tiny.tokenizer()))
+    one, model = processor(), first_model(model_spec(), placeholder_id(tiny.tokenizer()))
     talk = sample(user(pictures[0], "\nWhat?"), says("red"), user(pictures[1]), says("two"))
     second = one.row(talk).pictures.index(1)
-    assert _loss(model, [one.row(talk, max_length=second + 2)]).count == one.row(talk, max_length=second).supervised
+    assert model(**batch_of(one.row(talk, max_length=second + 2))).count == one.row(talk, max_length=second).supervised
 
 
 def test_a_row_that_is_too_long_may_be_an_error(pictures: list[Picture]) -> None:
@@ -356,85 +203,6 @@ def test_a_conversation_that_the_released_walk_gives_up_stays_without_labels() -
     assert one.row(talk, max_length=len(row) - 3).notes == ("cut",)
 
 
-# ---- batches -------------------------------------------------------------------------------------------------------------
-
-
-def test_collate_pads_on_the_right(pictures: list[Picture]) -> None:
-    one = processor()
-    rows = [
-        one.row(sample(user("Hello!"), says("Hello!"))),
-        one.row(sample(user(pictures[0], pictures[1], "Which?"), says("two"))),
-        one.row(sample(user(pictures[2]), says("red"))),
-    ]
-    batch = collate(rows, pad_id=5)
-    length = max(map(len, rows))
-    for number, row in enumerate(rows):
-        gap = length - len(row)
-        assert batch["input_ids"][number].tolist() == row.ids + [5] * gap
-        assert batch["labels"][number].tolist() == row.labels + [IGNORE] * gap
-        assert batch["mm_token_type_ids"][number].tolist() == row.types + [TEXT] * gap
-        assert batch["document_ids"][number].tolist() == [number] * len(row) + [-1] * gap
-        assert batch["position_ids"][number].tolist() == row.positions + [0] * gap
-        before = sum(len(other.images) for other in rows[:number])
-        assert batch["picture_ids"][number].tolist() == [picture + before if picture >= 0 else -1 for picture in row.pictures] + [-1] * gap
-    assert batch["images"] == [image for row in rows for image in row.images]
-    assert batch["plain"] is True
-    assert "branch_ids" not in batch
-
-
-def test_collate_pads_on_the_left(pictures: list[Picture]) -> None:
-    one = processor()
-    questions = [sample(user("Hello!")), sample(user(pictures[0], "\nWhat?"))]
-    rows = [one.row(question, mode="infer", generate=True) for question in questions]
-    batch = one(questions)
-    for number, row in enumerate(rows):
-        gap = max(map(len, rows)) - len(row)
-        assert batch["input_ids"][number].tolist() == [one.pad_id] * gap + row.ids
-        assert batch["attention_mask"][number].tolist() == [0] * gap + [1] * len(row)
-        assert batch["mm_token_type_ids"][number].tolist() == [TEXT] * gap + row.types
-    assert len(batch["images"]) == 1
-    assert collate(rows, pad_id=0, left=True)["plain"] is False
-
-
-def test_collate_of_branches() -> None:
-    one = processor()
-    rows = [one.row(sample(user("q"), says("a"))), one.row(sample(user("q"), says("a"), user("r"), says("b"), independent=True))]
-    batch = collate(rows, pad_id=0)
-    gap = len(rows[1]) - len(rows[0])
-    assert batch["branch_ids"].tolist() == [[0] * len(rows[1]), rows[1].branches]
-    assert batch["plain"] is False
-    assert batch["position_ids"][0].tolist() == rows[0].positions + [0] * gap
-
-
-@pytest.mark.parametrize("pad", ["<|im_end|>", None], ids=["pad is eos", "no pad"])
-def test_padding_is_told_by_position(pad: str | None) -> None:
-    """The usual cure for a tokenizer without a padding token must not hide the end marks."""
-    tokenizer = tiny.tokenizer(pad=pad)
-    size = len(tokenizer)
-    one, other = processor(tokenizer=tokenizer), processor()
-    talks = [sample(user("q"), says("a")), sample(user("What is it?"), says("a dog"), user("And?"), says("two"))]
-    rows = [one.row(talk) for talk in talks]
-    batch = collate(rows, pad_id=one.pad_id)
-    assert batch["labels"].tolist() == collate([other.row(talk) for talk in talks], pad_id=0)["labels"].tolist()
-    assert (batch["labels"] == tokenizer.eos_token_id).sum(1).tolist() == [1, 2]
-    assert (batch["document_ids"] >= 0).sum(1).tolist() == [len(row) for row in rows]
-    assert len(tokenizer) == size
-
-
-def test_field_tok_pad_is_eos(field_folder: Path) -> None:
-    case = field_folder / "tok_pad_is_eos"
-    expected = json.loads((case / "expected.json").read_text())
-    for name in ("pad_is_turn_end", "no_pad_no_bos"):
-        tokenizer = AutoTokenizer.from_pretrained(case / name)
-        rows_before = len(tokenizer)
-        one = processor("tokenizer", tokenizer=tokenizer)
-        talks = [[Turn(turn["role"], (turn["content"],), turn["role"] == "assistant") for turn in talk] for talk in json.loads((case / "conversations.json").read_text())]
-        batch = collate([one.row(sample(*talk)) for talk in talks], pad_id=one.pad_id)
-        assert [[label for label in row if label != IGNORE] for row in batch["labels"].tolist()] == expected["supervised_ids"]
-        assert (batch["document_ids"] >= 0).sum(1).tolist() == expected["row_lengths_unpadded"]
-        assert len(tokenizer) == rows_before + expected["embedding_rows_added"]
-
-
 # ---- the placeholder -----------------------------------------------------------------------------------------------------
 
 
@@ -476,11 +244,11 @@ def decoder_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int, 
 def test_a_padded_vocabulary_keeps_its_rows(spare: int, tied: bool, tmp_path: Path) -> None:
     tokens = len(bare())
     folder = decoder_folder(tmp_path / "decoder", bare(), tokens + spare, tie_word_embeddings=tied)
-    model_spec = ModelSpec(encoder=clip(), connector=MLPSpec(), llm=LLMSpec(path=str(folder)))
-    tokenizer = load_tokenizer(model_spec)
+    spec = ModelSpec(encoder=model_spec().encoder, connector=MLPSpec(), llm=LLMSpec(path=str(folder)))
+    tokenizer = load_tokenizer(spec)
     image = placeholder_id(tokenizer)
     assert image == tokens
-    model = first_model(model_spec, image)
+    model = first_model(spec, image)
     old = AutoModelForCausalLM.from_pretrained(folder)
     rows = max(tokens + spare, tokens + 1)
     assert model.config.text_config.vocab_size == rows
@@ -504,15 +272,15 @@ def test_field_ckpt_vocab_padded(field_folder: Path, tmp_path: Path) -> None:
     assert len(tokenizer) == expected["tokenizer_length"]
     tokenizer.add_tokens(json.loads((case / "new_tokens.json").read_text())["few"], special_tokens=True)
     tokenizer.save_pretrained(folder)
-    model_spec = ModelSpec(encoder=clip(), connector=MLPSpec(), llm=LLMSpec(path=str(folder)))
-    tokenizer = load_tokenizer(model_spec)
-    model = first_model(model_spec, placeholder_id(tokenizer))
+    spec = ModelSpec(encoder=model_spec().encoder, connector=MLPSpec(), llm=LLMSpec(path=str(folder)))
+    tokenizer = load_tokenizer(spec)
+    model = first_model(spec, placeholder_id(tokenizer))
     assert tokenizer.convert_tokens_to_ids(["<image>", "<box>", "</box>"]) == expected["few"]["new_ids"]
     assert len(model.get_input_embeddings().weight) == len(model.get_output_embeddings().weight) == expected["few"]["embedding_rows_after"]  # type: ignore[arg-type]
     kept = expected["few"]["old_rows_bit_equal"]
     assert torch.equal(model.get_input_embeddings().weight[:kept].bfloat16(), tensors["model.embed_tokens.weight"][:kept])  # type: ignore[index]
     assert torch.equal(model.get_output_embeddings().weight[:kept].bfloat16(), tensors["lm_head.weight"][:kept])  # type: ignore[index]
-    one = VLMProcessor(model_spec, numbers["hidden_size"], tokenizer, PromptSpec(use="plain"))
+    one = VLMProcessor(spec, numbers["hidden_size"], tokenizer, PromptSpec(use="plain"))
     prepare(model, one)
     model.save_pretrained(tmp_path / "saved")
     one.save_pretrained(tmp_path / "saved")
@@ -532,8 +300,8 @@ def test_field_ckpt_vocab_padded(field_folder: Path, tmp_path: Path) -> None:
 def test_a_saved_processor_makes_the_same_rows(prompt: dict[str, Any], policy: str, tmp_path: Path, pictures: list[Picture]) -> None:
     chat = tiny.CHATML.replace("in messages", "in messages if m['role'] != 'system'")
     tokenizer = bare(chat=chat)
-    one = VLMProcessor(spec(), 32, tokenizer, PromptSpec(**prompt), policy, official_pictures=True)
-    model = first_model(spec(), one.image_token_id)
+    one = VLMProcessor(model_spec(), 32, tokenizer, PromptSpec(**prompt), policy, official_pictures=True)
+    model = first_model(model_spec(), one.image_token_id)
     model.save_pretrained(tmp_path / "saved")
     one.save_pretrained(tmp_path / "saved")
     assert tokenizer.chat_template == chat, "saving changes nothing"
@@ -557,11 +325,11 @@ def test_folders_that_hold_no_processor_or_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no processor. expected vlm_processor.json"):
         VLMProcessor.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="(?s)no tokenizer in .*give llm.tokenizer a folder with tokenizer.json"):
-        load_tokenizer(ModelSpec(encoder=clip(), connector=MLPSpec(), llm=LLMSpec(path=str(tmp_path))))
+        load_tokenizer(ModelSpec(encoder=model_spec().encoder, connector=MLPSpec(), llm=LLMSpec(path=str(tmp_path))))
     with pytest.raises(CheckpointError, match="no tokenizer at 'scenes/tokenizer'.*a folder with tokenizer.json.*vlm data tokenizer SRC OUT"):
-        load_tokenizer(ModelSpec(encoder=clip(), connector=MLPSpec(), llm=LLMSpec(tokenizer="scenes/tokenizer")))
+        load_tokenizer(ModelSpec(encoder=model_spec().encoder, connector=MLPSpec(), llm=LLMSpec(tokenizer="scenes/tokenizer")))
     with pytest.raises(CheckpointError, match="the decoder has no tokenizer. give llm.tokenizer or llm.path"):
-        load_tokenizer(spec())
+        load_tokenizer(model_spec())
 
 
 def test_a_policy_that_the_encoder_cannot_follow(pictures: list[Picture]) -> None:

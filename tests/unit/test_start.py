@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted import stopped_at
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlm
 from vlm.configuration import VLMConfig
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.train import checkpoint
 from vlm.train.start import check_start, started_model
 from vlm.weights.imports import import_model
 
@@ -55,21 +55,10 @@ def test_a_run_from_an_imported_folder(root: Path, imported: Path, tmp_path: Pat
     assert all(0 < (before[name].float() - after[name]).abs().max() < 2e-2 for name in moved)
 
 
-def test_what_is_interrupted_in_its_first_stage_goes_on(root: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stop(Exception):
-        pass
-
-    save = checkpoint.save
-
-    def save_and_stop(*args: Any) -> Path:
-        save(*args)
-        raise Stop
-
+def test_what_is_interrupted_in_its_first_stage_goes_on(root: Path, imported: Path, tmp_path: Path) -> None:
     whole = fit(root, imported, tmp_path, "name=whole", "save.every=2")
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    with pytest.raises(Stop):
+    with stopped_at(2):
         fit(root, imported, tmp_path, "name=cut", "save.every=2")
-    monkeypatch.setattr(checkpoint, "save", save)
     again = fit(root, imported, tmp_path, "name=cut", "save.every=2", resume=True)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from interrupted import kept, records
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,8 +29,9 @@ from vlm.errors import DataError
 from vlm.llm.head import adapt_head
 from vlm.loading import first_model
 from vlm.model import VLM, VLMOutput
-from vlm.processor import Row, VLMProcessor, collate, load_tokenizer
+from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.prompt import PromptSpec
+from vlm.row import Row, collate
 from vlm.train import loop, stages
 from vlm.train.config import RunSpec, ScheduleSpec, StageSpec
 from vlm.train.engine import Engine, connect, deepspeed_config
@@ -289,11 +291,13 @@ class Pictures(Talks):
         return replace(sample, turns=(Turn("user", (Picture(str(self.folder / f"{index}.png")), *sample.turns[0].parts)), sample.turns[1]))
 
 
-def test_a_picture_found_broken_after_planning_is_replaced(processor: VLMProcessor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", [0, 7])
+def test_a_picture_found_broken_after_planning_is_replaced(processor: VLMProcessor, tmp_path: Path, cut: int) -> None:
+    """Sample 0 is the shortest, and its row is full without it: what replaces it has no room there."""
     parts = [data(processor, rank, 2, skip=("one",), pack=180) for rank in range(2)]
     whole = data(processor, skip=("one",))
     for part in (*parts, whole):
-        part.readers["one"] = Pictures(tmp_path, 7)
+        part.readers["one"] = Pictures(tmp_path, cut)
         part.max_length = 180
     for number in range(len(whole)):
         steps = [part[number] for part in parts]
@@ -332,22 +336,10 @@ def test_ranks_that_do_not_see_the_same_samples_stop(processor: VLMProcessor, mo
     assert plans[0] != plans[1]
     engine = engine_of(HeadOnly(torch.eye(3)))
     monkeypatch.setattr(engine, "ranks", 2)
-    monkeypatch.setattr(engine, "sum", lambda values: [values[0] + plans[1], values[1] + plans[1] ** 2, *values[2:]])
+    monkeypatch.setattr(engine, "sum", lambda values: values | {"plan": values["plan"] + plans[1], "plan_squared": values["plan_squared"] + plans[1] ** 2})
     step = Step(0, [classified(torch.randn(2, 3), torch.tensor([0, 1]))], plan=plans[0])
     with pytest.raises(DataError, match="the ranks do not see the same samples at step 1"):
         one_step(engine, step, STAGE, 1, ("fixed",))
-
-
-def test_a_packed_row_is_its_documents(processor: VLMProcessor) -> None:
-    rows = [processor.row(Talks("one", 19)[index]) for index in range(3)]
-    rows[1].labels[0] = rows[1].ids[0]  # a prompt that supervises its first token: nothing predicts it
-    batch = collate([Row.packed(rows), rows[0]], pad_id=processor.pad_id)
-    length, first = sum(map(len, rows)), batch["document_ids"][0]
-    assert first.tolist() == [0] * len(rows[0]) + [1] * len(rows[1]) + [2] * len(rows[2])
-    assert batch["document_ids"][1].tolist() == [3] * len(rows[0]) + [-1] * (length - len(rows[0]))
-    assert batch["position_ids"][0].tolist() == [place for row in rows for place in range(len(row))]
-    assert batch["input_ids"][0].tolist() == [index for row in rows for index in row.ids]
-    assert (batch["labels"][0] != IGNORE).sum() == sum(row.supervised for row in rows)
 
 
 def test_what_happened_to_samples_is_counted(processor: VLMProcessor) -> None:
@@ -424,10 +416,6 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
         yield seen
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in json.loads(line).items() if key not in ("seconds", "wait", "memory")} for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def killed(whole: Path, folder: Path, k: int) -> None:
     """What a run leaves that is killed after step k and its checkpoint."""
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("stages", "export", "pictures", *(f"step-{later}" for later in range(k + 1, 9))))
@@ -457,7 +445,7 @@ def test_a_killed_run_goes_on_with_the_next_sample(root: Path, tmp_path: Path, m
         with watched(monkeypatch) as later:
             resumed = vlm.fit(compose(root, tmp_path, f"cut{k}", inputs, *settings, **stage), resume=True)
         assert later == unbroken[k:], k
-        assert records(resumed) == records(whole), k  # losses bit for bit, rates, norms
+        assert [kept(record) for record in records(resumed)] == [kept(record) for record in records(whole)], k  # losses bit for bit, rates, norms
         left, right = (load_file(folder / "export" / "model.safetensors") for folder in (whole, resumed))
         assert all(torch.equal(left[name], right[name]) for name in left), k
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted import records, stopped_at
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, LlavaNextProcessor
@@ -33,10 +34,10 @@ from vlm.errors import CheckpointError, ConfigurationError
 from vlm.features import PATCH, SEPARATOR, SUMMARY, Cut, Features, ImageInput, TokenLayout
 from vlm.loading import first_model, saved_model
 from vlm.model import VLM
-from vlm.processor import VLMProcessor, collate
+from vlm.processor import VLMProcessor
 from vlm.prompt import PromptSpec
+from vlm.row import collate
 from vlm.tiles import GRIDS, Tiling, assemble
-from vlm.train import checkpoint
 from vlm.train.config import PolicySpec
 from vlm.weights.llava import from_llava, to_llava, write
 
@@ -357,7 +358,7 @@ def compose(root: Path, *more: str) -> Any:
     return vlm.compose("llava_tiny", f"data_root={root}", *RUN, *more)
 
 
-def test_a_run_adds_the_newline_trains_resumes_and_exports_it(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_adds_the_newline_trains_resumes_and_exports_it(root: Path, tmp_path: Path) -> None:
     options = (f"runs={tmp_path}", "save.every=1", "stages.instruct.pack=512")
     folder = vlm.fit(compose(root, *options, "name=whole"))
     groups = {stage: {row["group"]: row["rate"] for row in json.loads((folder / f"ledger-{stage}.json").read_text())} for stage in ("align", "instruct")}
@@ -366,21 +367,8 @@ def test_a_run_adds_the_newline_trains_resumes_and_exports_it(root: Path, tmp_pa
     model, one = vlm.load(folder)
     assert model.newline is not None and one.tiling == Tiling(grids=((1, 2), (2, 1))) and one.policy == "anyres"
     assert len(one.see(root / "img" / "9.png").views["pixels"]) == 3
-    save = checkpoint.save
-
-    class Stop(Exception):
-        pass
-
-    def save_and_stop(place: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
-        path = save(place, engine, position, keep)
-        if position.total == 6:
-            raise Stop
-        return path
-
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    with pytest.raises(Stop):
+    with stopped_at(6):
         vlm.fit(compose(root, *options, "name=cut"))
-    monkeypatch.setattr(checkpoint, "save", save)
     again, _ = vlm.load(vlm.fit(compose(root, *options, "name=cut"), resume=True))
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(ConfigurationError, match=r"model\.newline is the token that ends a row of tiles"):
@@ -403,7 +391,7 @@ def test_two_ranks_at_zero_3_are_one(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlm", "train", "llava_tiny", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    one, two = ([json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in [*folders, tmp_path / "two"])
+    one, two = ([record["loss"] for record in records(folder)] for folder in [*folders, tmp_path / "two"])
     assert two == pytest.approx(one, abs=1e-4)
     ours, others = (vlm.load(folder)[0].state_dict() for folder in [*folders, tmp_path / "two"])
     assert all(torch.allclose(tensor, others[name], atol=1e-4) for name, tensor in ours.items())

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted import Stop, kept, records, stopped_at
 from safetensors.torch import load_file
 
 import vlm
 from vlm.errors import CheckpointError, ConfigurationError, DataError, EnvironmentProblem, NumericsError, VLMError
 from vlm.train import checkpoint, memory, stages
+from vlm.train.bad import BadSamples
 from vlm.train.optim import Group
 
 
@@ -31,47 +33,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "export" / "model.safetensors")
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def kept(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in ("seconds", "wait", "memory")}
-
-
-class Stop(Exception):
-    """Stands for a kill: raised right after a checkpoint was saved."""
-
-
 @pytest.fixture(scope="module")
 def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(root, tmp_path_factory.mktemp("runs"), "whole", "save.every=1")
 
 
 def test_steps_behind_the_checkpoint_are_written_once(root: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = stages._Stage._save
-    monkeypatch.setattr(stages._Stage, "_save", lambda *_: (_ for _ in ()).throw(Stop))
+    write = stages.Stage._save
+    monkeypatch.setattr(stages.Stage, "_save", lambda *_: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
         run(root, tmp_path, "cut", "save.every=3")  # four steps are logged, three are saved
-    monkeypatch.setattr(stages._Stage, "_save", write)
+    monkeypatch.setattr(stages.Stage, "_save", write)
     folder = run(root, tmp_path, "cut", "save.every=3", resume=True)
     assert [kept(record) for record in records(folder)] == [kept(record) for record in records(whole)]
 
 
 @pytest.mark.parametrize("total", sorted([*random.Random(0).sample(range(1, 4), 3), *(4 + k for k in random.Random(1).sample(range(1, 4), 3))]))
-def test_interrupted_equals_uninterrupted(root: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, total: int) -> None:
-    save = checkpoint.save
-
-    def save_and_stop(folder: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
-        made = save(folder, engine, position, keep)
-        if position.total == total:
-            raise Stop
-        return made
-
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    with pytest.raises(Stop):
+def test_interrupted_equals_uninterrupted(root: Path, tmp_path: Path, whole: Path, total: int) -> None:
+    with stopped_at(total):
         run(root, tmp_path, "cut", "save.every=1")
-    monkeypatch.setattr(checkpoint, "save", save)
     torch.manual_seed(99)
     folder = run(root, tmp_path, "cut", "save.every=1", resume=True)
     expected, got = weights(whole), weights(folder)
@@ -197,6 +177,28 @@ def test_bad_samples_are_replaced_counted_and_listed_within_the_budget(root: Pat
     assert sum(record.get("notes", {}).get("replacement", 0) for record in align) == 2
 
 
+def test_bad_samples_behind_a_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    other = BadSamples(tmp_path, "align", 0, 0.1, 30)
+    bad = BadSamples(tmp_path, "instruct", 0, 0.1, 30)
+    entry = {"source": "one", "kind": "other", "reason": "broken"}
+    other.add(9, [entry])
+    for step in (0, 2, 5):
+        bad.add(step, [entry])
+    bad.rewind(2)
+    lines = [json.loads(line) for line in bad.file.read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [("align", 9), ("instruct", 2)] and bad.count == 1
+    bad.check(3, 2)
+    with pytest.raises(DataError, match="got 4 "):
+        bad.check(4, 1)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_the_gradient_norm_is_that_of_zero_0(root: Path, tmp_path: Path, whole: Path, zero: int) -> None:
+    """Before clipping, which at 1.0 changes some of these."""
+    norms = [[record["gradient_norm"] for record in records(folder)] for folder in (whole, run(root, tmp_path, "zero", f"every_stage.deepspeed=zero{zero}"))]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and max(norms[0]) > 1.0
+
+
 def test_a_start_that_failed_leaves_its_name_free(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "load_tokenizer", lambda model: (_ for _ in ()).throw(CheckpointError("no tokenizer")))
     with pytest.raises(CheckpointError, match="no tokenizer"):
@@ -235,20 +237,10 @@ def test_packed_equals_unpacked_step_by_step(root: Path, tmp_path: Path) -> None
         assert one["sources"].keys() == two["sources"].keys() and all(one["sources"][name]["samples"] == two["sources"][name]["samples"] for name in one["sources"])
 
 
-def test_a_packed_run_resumes_bit_for_bit(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_run_resumes_bit_for_bit(root: Path, tmp_path: Path) -> None:
     whole = run(root, tmp_path, "whole", *PACKED, "save.every=1")
-    save = checkpoint.save
-
-    def save_and_stop(folder: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
-        made = save(folder, engine, position, keep)
-        if position.total == 6:
-            raise Stop
-        return made
-
-    monkeypatch.setattr(checkpoint, "save", save_and_stop)
-    with pytest.raises(Stop):
+    with stopped_at(6):
         run(root, tmp_path, "cut", *PACKED, "save.every=1")
-    monkeypatch.setattr(checkpoint, "save", save)
     cut = run(root, tmp_path, "cut", *PACKED, "save.every=1", resume=True)
     assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(cut).items())
     assert [kept(record) for record in records(whole)] == [kept(record) for record in records(cut)]
@@ -265,6 +257,12 @@ def test_trying_out_the_micro_batch_changes_nothing(root: Path, tmp_path: Path, 
     auto = run(root, tmp_path, "auto", *more, "every_stage.micro_batch=auto")
     assert [json.loads((auto / f"micro_batch-{name}.json").read_text())["micro_batch"] for name in ("align", "instruct")] == [2, 2]  # 0.85 of 2 TiB / 1 holds one row more
     fixed = run(root, tmp_path, "fixed", *more, "every_stage.micro_batch=2")
+    with stopped_at(3):  # costs are used up: one who tries again fails
+        costs = iter([9, 100, 2**39])
+        run(root, tmp_path, "cut", *more, "every_stage.micro_batch=auto")
+    costs = iter([9, 100, 2**39])  # of the second stage alone
+    cut = run(root, tmp_path, "cut", *more, "every_stage.micro_batch=auto", resume=True)
+    assert [kept(record) for record in records(auto)] == [kept(record) for record in records(cut)]
     assert [kept(record) for record in records(auto)] == [kept(record) for record in records(fixed)]
     assert all(torch.equal(weights(auto)[name], tensor) for name, tensor in weights(fixed).items())
 

@@ -1,12 +1,13 @@
 """The contract of a connector: what turns the encoder's features into tokens of the decoder's width. Connectors chain through `then`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
-from vlm.features import SUMMARY, Features, Layouts, Level, TokenLayout
+from vlm.errors import ConfigurationError
+from vlm.features import OUT, SUMMARY, Features, Layouts, Level, TokenLayout
 from vlm.initial import draw
 
 __all__ = ["Connector", "ConnectorSpec", "Link"]
@@ -61,9 +62,13 @@ class ConnectorSpec:
     official: bool = False
     then: Any = None
 
+    def form(self) -> Self:
+        """What a checkpoint says of it: all but where first weights came from."""
+        return replace(self, path=None, then=None if self.then is None else self.then.form())
+
     def reads(self, link: Link) -> Mapping[str, Sequence[Level]]:
         """Levels by stream that `forward` reads of the encoder (first link only)."""
-        return {self.stream or next(iter(link.widths)): (self.level,)}
+        return {self.stream_in(link): (self.level,)}
 
     def width(self, link: Link) -> int:
         """Width of the tokens that come out."""
@@ -77,3 +82,20 @@ class ConnectorSpec:
     def build(self, encoder: Any, link: Link) -> Connector:
         """The module: structure only. encoder: the encoder's Spec."""
         raise NotImplementedError
+
+    # ---- for connectors that read one stream, or project -------------------------------------------------------------------
+
+    def stream_in(self, link: Link) -> str:
+        """The stream that is read: the first one, where none is named."""
+        return self.stream or next(iter(link.widths))
+
+    def level_in(self, link: Link) -> Level:
+        """The level of it; behind another connector there is only one."""
+        return self.level if any(link.levels.values()) else OUT
+
+    def projected(self, link: Link, hidden: int | None) -> int:
+        """Width of the tokens that a projection gives: the decoder's, and `hidden` where another connector follows; raises ConfigurationError where that is None."""
+        width = link.out or hidden
+        if width is None:
+            raise ConfigurationError(f"connector {self.use} is followed by another connector, so its width is not the decoder's", cure="set hidden: N")
+        return width

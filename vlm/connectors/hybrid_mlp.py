@@ -46,9 +46,7 @@ class HybridMLPSpec(ConnectorSpec):
         return {name: (self.level if link.levels[name] else 0,) for name in (self.high, self.low)}
 
     def width(self, link: Link) -> int:
-        width = link.out or self.hidden
-        if width is None:
-            raise ConfigurationError("connector hybrid_mlp is followed by another connector, so its width is not the decoder's", cure="set hidden: N")
+        width = self.projected(link, self.hidden)
         if width % 2:
             raise ConfigurationError("connector hybrid_mlp gives each stream half of its width", got=f"width {width}", expected="an even number", cure="set hidden: N")
         return width

@@ -16,7 +16,7 @@ class IdentitySpec(ConnectorSpec):
     """Hands the patches of one level on; the summary tokens are dropped."""
 
     def width(self, link: Link) -> int:
-        width = link.widths[self.stream or next(iter(link.widths))]
+        width = link.widths[self.stream_in(link)]
         if link.out not in (None, width):
             raise ConfigurationError("connector identity does not change widths", got=f"tokens of {width}, a decoder of {link.out}", cure="set connector.use: linear or mlp")
         return width
@@ -32,7 +32,7 @@ class Identity(Connector):
     def __init__(self, spec: ConnectorSpec, link: Link):
         super().__init__()
         self.stream_name = spec.stream
-        self.level = spec.level if any(link.levels.values()) else "out"
+        self.level = spec.level_in(link)
 
     def forward(self, features: Features) -> Features:
         stream = features.stream(self.stream_name)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from vlm.connectors import register
 from vlm.connectors.base import ConnectorSpec, Link
 from vlm.connectors.mlp import Projector
-from vlm.errors import ConfigurationError
 
 __all__ = ["LinearSpec"]
 
@@ -18,10 +17,7 @@ class LinearSpec(ConnectorSpec):
     hidden: int | None = None
 
     def width(self, link: Link) -> int:
-        width = link.out or self.hidden
-        if width is None:
-            raise ConfigurationError("connector linear is followed by another connector, so its width is not the decoder's", cure="set hidden: N")
-        return width
+        return self.projected(link, self.hidden)
 
     def build(self, encoder: object, link: Link) -> Projector:
         return Projector(self, link, [self.width(link)])

@@ -8,7 +8,7 @@ from torch import nn
 from vlm.connectors import register
 from vlm.connectors.base import Connector, ConnectorSpec, Link
 from vlm.errors import ConfigurationError
-from vlm.features import Features, Level
+from vlm.features import Features
 
 __all__ = ["MLPSpec", "Projector"]
 
@@ -26,10 +26,7 @@ class MLPSpec(ConnectorSpec):
             raise ConfigurationError("connector mlp needs at least one linear", got=f"depth {self.depth}", expected="1 or more", cure="set depth: 2")
 
     def width(self, link: Link) -> int:
-        width = link.out or self.hidden
-        if width is None:
-            raise ConfigurationError("connector mlp is followed by another connector, so its width is not the decoder's", cure="set hidden: N")
-        return width
+        return self.projected(link, self.hidden)
 
     def build(self, encoder: object, link: Link) -> "Projector":
         width = self.width(link)
@@ -42,10 +39,9 @@ class Projector(Connector):
     def __init__(self, spec: ConnectorSpec, link: Link, widths: Sequence[int]):
         super().__init__()
         self.stream_name = spec.stream
-        self.level: Level = spec.level if any(link.levels.values()) else "out"
-        narrow = link.widths[spec.stream] if spec.stream else next(iter(link.widths.values()))
+        self.level = spec.level_in(link)
         modules: list[nn.Module] = []
-        for into, out in zip([narrow, *widths[:-1]], widths, strict=True):
+        for into, out in zip([link.widths[spec.stream_in(link)], *widths[:-1]], widths, strict=True):
             modules += [nn.GELU(), nn.Linear(into, out)] if modules else [nn.Linear(into, out)]
         self.layers = nn.Sequential(*modules)
 

@@ -18,7 +18,6 @@ NOT_PARTS = (
     "write",
     "sources",
     "survey",
-    "problems",
 )
 readers = Registry("reader", __name__)
 register = readers.register

@@ -1,28 +1,20 @@
 """Any data that a reader opens -> any format that is written: one folder, one file or set of shards per split."""
 
-import glob
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from vlm import folders
+from vlm.data.hf import HfReader
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.data.sources import sources_at
 from vlm.data.write import FORMATS, Written, write_split
 from vlm.errors import ConfigurationError, DataError
 
-__all__ = ["Question", "convert_data", "llava_record", "new_folder"]
-
-
-class Question(NamedTuple):
-    """A question, its answer, and what it asks for (`kind`), where that is known."""
-
-    question: str
-    answer: str
-    kind: str | None = None
+__all__ = ["convert_data", "new_folder"]
 
 
 def convert_data(
@@ -51,29 +43,13 @@ def convert_data(
         return {split: _convert_split(spec, folder, split, to, group and split == "train", per_shard) for split, spec in sources.items()}
 
 
-def llava_record(name: str, image: str, questions: list[Question], independent: bool = False) -> dict[str, Any]:
-    """One record in LLaVA's format: a picture, and questions with answers about it."""
-    turns: list[dict[str, str]] = []
-    for question in questions:
-        asked = {"from": "human", "value": question.question if turns else f"<image>\n{question.question}"}
-        turns += [asked | ({} if question.kind is None else {"kind": question.kind}), {"from": "gpt", "value": question.answer}]
-    return {"id": name, "image": image} | ({"independent": True} if independent else {}) | {"conversations": turns}
-
-
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to be filled beside `folder`, which it becomes when all went well; else nothing is left. Raises DataError where `folder` holds something."""
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is there already", cure="name another folder, or delete it")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    if folders.taken(folder):
+        raise DataError(f"{os.path.abspath(folder)} is there already", cure="name another folder, or delete it")
+    with folders.new_folder(folder) as partial:
         yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _convert_split(spec: Any, folder: Path, split: str, to: str, group: bool, per_shard: int) -> Written:
@@ -83,30 +59,25 @@ def _convert_split(spec: Any, folder: Path, split: str, to: str, group: bool, pe
     reader = spec.open()
     samples: Iterable[Sample] = reader
     count = len(reader)
-    if group and spec.use == "hf" and (rows := _rows_of_pictures(spec)) is not None:
+    if group and isinstance(reader, HfReader) and (rows := _rows_of_pictures(reader)) is not None:
         samples, count = (_one_sample(picture, [reader[row] for row in numbers]) for picture, numbers in rows.items()), len(rows)
     console = Console(stderr=True)
     watched = track(samples, split, total=count, console=console, transient=True, disable=not console.is_terminal)
     written = write_split(watched, folder, split, to, per_shard=per_shard)
     bad = [f"{len(reader.bad):,} samples are left out, the first: {reader.bad[0]}"] if reader.bad else []
-    return written._replace(warnings=(*getattr(reader, "warnings", ()), *bad))
+    return written._replace(warnings=(*reader.warnings, *bad))
 
 
-def _rows_of_pictures(spec: Any) -> dict[str, list[int]] | None:
+def _rows_of_pictures(reader: HfReader) -> dict[str, list[int]] | None:
     """image_id -> its rows, for Parquet files with the columns of questions about pictures: an image_id, a question and an answer; None for others."""
-    from pyarrow import parquet
-
-    names = spec.columns or {"question": "question", "answer": "answer"}
-    if not names.keys() >= {"question", "answer"}:
+    if not reader.columns.keys() >= {"question", "answer"} or not all(part.endswith(".parquet") for part in reader.source.parts()):
         return None
-    needed = {"image_id", names["question"], names["answer"]}
-    files = [spec.file] if os.path.isfile(spec.file) else sorted(glob.glob(spec.file))
-    if not files or not all(name.endswith(".parquet") and set(parquet.read_schema(name).names) >= needed for name in files):
+    names = reader.values("image_id")
+    if names is None:
         return None
     rows: dict[str, list[int]] = {}
-    shown = [str(name) for part in files for name in parquet.read_table(part, columns=["image_id"]).column("image_id").to_pylist()]
-    for row, name in enumerate(shown):
-        rows.setdefault(name, []).append(row)
+    for row, name in enumerate(names):
+        rows.setdefault(str(name), []).append(row)
     return rows
 
 

@@ -4,14 +4,15 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from vlm.data import register
+from vlm.data.base import Reader, Source
 from vlm.data.pictures import check_pictures, picture_below
 from vlm.data.record import KEYS, REFUSED, form_of, sample_of
 from vlm.data.sample import Sample
@@ -25,7 +26,7 @@ ARROW_FILE = b"ARROW1"
 
 @register("hf")
 @dataclass(frozen=True, kw_only=True)
-class HfSource:
+class HfSource(Source):
     """Rows of a Hugging Face data set; each is a record as `vlm.data.record.sample_of` describes them.
 
     Parquet is turned once into Arrow files, which are mapped into memory: a row is read without its neighbours. They go where the `datasets` library keeps its cache (HF_DATASETS_CACHE, else below
@@ -34,27 +35,25 @@ class HfSource:
     file: a .parquet or .arrow file, a folder or a glob of them, in the order of their names; or a folder that `Dataset.save_to_disk` wrote.
     images: the folder that paths of pictures start from and may not leave; default: that of the file which the row stands in. Pictures may as well be embedded: structs of bytes and path, or plain bytes.
     columns: our names for the file's, as {image: picture, question: prompt, answer: response}; where given, no other column is read.
-    samples, missing_placeholder, on_bad, remote: as `vlm.data.jsonfile.JsonSource`.
     """
 
-    file: str
-    images: str | None = None
     columns: Mapping[str, str] | None = None
-    samples: int | None = None
-    missing_placeholder: Literal["error", "prepend"] = "error"
-    on_bad: Literal["error", "skip"] = "error"
-    remote: bool = False
+
+    def parts(self) -> list[str]:
+        return _found(self.file)
 
     def open(self) -> "HfReader":
         """Maps the rows. Raises DataError for files that are missing, empty or damaged, and for columns that are not there; EnvironmentProblem without the package `datasets`."""
         return HfReader(self)
 
 
-class HfReader:
-    """Random access to the rows as samples. It holds a map of files, no rows: cheap to fork and to pickle.
+class HfReader(Reader[HfSource]):
+    """The rows as samples, from a map of files. A picture whose file is not there makes a row bad when it is read.
 
-    bad: what `on_bad: skip` left out, one error per row.
+    columns: our names -> the file's, of what is read.
     """
+
+    records = "rows"
 
     def __init__(self, source: HfSource):
         self.source = source
@@ -63,25 +62,11 @@ class HfReader:
         self._pictures = {
             folder: picture_below(source.images if source.images is not None else folder, remote=source.remote) for folder in {_folder(file) for file, _ in self._shards}
         }
-        self._names = _columns(source, table.column_names)
-        table = table.select_columns(list(self._names.values()))
-        self._rows, self._features = table.with_format("arrow"), _undecoded(table.features)
-        bad: list[DataError] = []
-        count = int(self._ends[-1])
-        self._kept = np.array([row for row in range(count) if self._holds(row, bad)] if source.on_bad == "skip" else range(count), dtype=np.int64)
-        self.bad = tuple(bad)
-        if not len(self._kept):
-            raise DataError(f"{source.file} holds no samples", got=f"{len(bad)} bad rows, the first: {bad[0]}" if bad else "no rows")
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index`. Raises DataError with file, row, numbers and cure, also where a picture's file is not there; IndexError beyond the end."""
-        return self._sample(int(self._kept[index]))
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
+        self.columns = _columns(source, table.column_names)
+        self._table = table.with_format("arrow")
+        self._rows = self._table.select_columns(list(self.columns.values()))
+        self._features = _undecoded(self._rows.features)
+        self.keep(int(self._ends[-1]), empty="no rows")
 
     def file_hash(self) -> str:
         """SHA-256 of the file, in hexadecimal; of several, of their hashes in order."""
@@ -91,23 +76,19 @@ class HfReader:
                 hashes.append(hashlib.file_digest(file, "sha256"))
         return hashes[0].hexdigest() if len(hashes) == 1 else hashlib.sha256(b"".join(one.digest() for one in hashes)).hexdigest()
 
-    def _sample(self, row: int) -> Sample:
-        shard = int(np.searchsorted(self._ends, row, side="right"))
+    def values(self, column: str) -> list[Any] | None:
+        """What the file's `column` holds, row by row, whether or not samples are made of it; None where there is no such column."""
+        return self._table.select_columns(column)[:][column].to_pylist() if column in self._table.column_names else None
+
+    def sample(self, record: int) -> Sample:
+        shard = int(np.searchsorted(self._ends, record, side="right"))
         file, rows = self._shards[shard]
-        where = f"{file}, row {row - int(self._ends[shard]) + rows}"
-        values = self._features.decode_example(self._rows[row].to_pylist()[0])
-        record = {name: values[column] for name, column in self._names.items()}
-        sample = sample_of(record, number=row, where=where, picture=self._pictures[_folder(file)], prepend=self.source.missing_placeholder == "prepend")
+        where = f"{file}, row {record - int(self._ends[shard]) + rows}"
+        values = self._features.decode_example(self._rows[record].to_pylist()[0])
+        columns = {name: values[column] for name, column in self.columns.items()}
+        sample = sample_of(columns, number=record, where=where, picture=self._pictures[_folder(file)], prepend=self.source.missing_placeholder == "prepend")
         check_pictures(sample)
         return sample
-
-    def _holds(self, row: int, bad: list[DataError]) -> bool:
-        try:
-            self._sample(row)
-        except DataError as error:
-            bad.append(error)
-            return False
-        return True
 
 
 def _folder(file: str) -> str:
@@ -128,10 +109,9 @@ def _opened(file: str) -> tuple[list[tuple[str, int]], Any]:
         raise DataError(
             f"{file} holds several splits", got=", ".join(splits), expected="one split", cure=f"set `file` to one of them, as {os.path.join(file, max(splits, default='train'))}"
         )
-    saved = os.path.isfile(os.path.join(file, "state.json"))
-    files = [file] if saved else _found(file)
+    files = _found(file)
     try:
-        if saved:
+        if _saved(file):
             table: Any = datasets.load_from_disk(file)
             inside = os.path.join(os.path.realpath(file), "")
             if outside := [name for one in table.cache_files if not os.path.realpath(name := one["filename"]).startswith(inside)]:
@@ -142,16 +122,25 @@ def _opened(file: str) -> tuple[list[tuple[str, int]], Any]:
             return [(name, len(table)) for name, table in zip(files, tables, strict=True)], datasets.concatenate_datasets(tables)
         shards = [(name, rows) for name in files if (rows := parquet.read_metadata(name).num_rows)]  # the library stops at files without rows
         if not shards:
-            raise DataError(f"{file} holds no samples", got="no rows")
+            raise DataError(f"{file} holds no samples", kind="empty", got="no rows")
         # Escaped: the library takes every path for a pattern.
         return shards, datasets.load_dataset("parquet", data_files=[glob.escape(os.path.abspath(name)) for name, _ in shards], split="train")
     except (OSError, ValueError, TypeError, KeyError, pyarrow.ArrowException, DatasetsError) as error:
         cause = error.__cause__ or error
-        raise DataError(f"{file} cannot be read", got=f"{type(cause).__name__}: {cause}", expected="whole Parquet or Arrow files with the same columns") from error
+        raise DataError(
+            f"{file} cannot be read", kind="unreadable file", got=f"{type(cause).__name__}: {cause}", expected="whole Parquet or Arrow files with the same columns"
+        ) from error
+
+
+def _saved(file: str) -> bool:
+    """Whether it is a folder that `save_to_disk` wrote."""
+    return os.path.isfile(os.path.join(file, "state.json"))
 
 
 def _found(file: str) -> list[str]:
-    """Parquet or Arrow files below a folder, of a glob, or the one file. Raises DataError for none, for both kinds, and for a folder with several splits: tests would be trained on."""
+    """Parquet or Arrow files below a folder, of a glob, or the one file or saved folder. Raises DataError for none, both kinds, and a folder with several splits: tests would be trained on."""
+    if _saved(file):
+        return [file]
     if os.path.isdir(file):
         files = sorted(str(path) for path in Path(file).rglob("*") if path.suffix in (".parquet", ".arrow"))
         splits = {match[1].lower(): name for name in reversed(files) if (match := SPLIT.search(os.path.relpath(name, file)))}

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from vlm.data.pictures import check_pictures, picture_below
+from vlm.data.base import Reader, Source
+from vlm.data.pictures import picture_below
 from vlm.data.record import Form, form_of, sample_of
 from vlm.data.sample import Sample
 from vlm.errors import DataError
@@ -25,36 +26,21 @@ PAGE = re.compile(r"<(!doctype\s+html|html)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonSource:
+class JsonSource(Source):
     """A file of conversations and the folder of its pictures.
 
     file: a JSON array or JSON lines, UTF-8; told apart by content. images: the folder that the paths of pictures start from and may not leave; default: the file's own.
-    samples: the number of samples, for planning where the file is not there.
-    missing_placeholder: a sample with pictures and no `<image>` is an error, or gets one `<image>` and a newline per picture before its first question.
-    on_bad: a bad record is an error when it is read; or `open` looks at every record, leaves out those that are bad or miss a picture, and lists them in `JsonReader.bad`.
-    remote: pictures may be http and https addresses, fetched whenever their sample is read.
     """
 
     form: ClassVar[Form | None] = None
-
-    file: str
-    images: str | None = None
-    samples: int | None = None
-    missing_placeholder: Literal["error", "prepend"] = "error"
-    on_bad: Literal["error", "skip"] = "error"
-    remote: bool = False
 
     def open(self) -> "JsonReader":
         """Finds the records. Raises DataError for a file that is missing, empty, not UTF-8 or not JSON."""
         return JsonReader(self)
 
 
-class JsonReader:
-    """Random access to the samples of one file.
-
-    Keeps where the records lie, not the records: cheap to fork and to pickle. Each read opens the file.
-    bad: what `on_bad: skip` left out, one error per record.
-    """
+class JsonReader(Reader[JsonSource]):
+    """The records of one file. Each read opens it."""
 
     def __init__(self, source: JsonSource):
         self.source = source
@@ -62,44 +48,21 @@ class JsonReader:
         bad: list[DataError] = []
         spans, self._stamp = _find_records(source.file, bad if source.on_bad == "skip" else None)
         self._spans = np.array(spans, dtype=np.int64).reshape(-1, len(_Span._fields))
-        if source.on_bad == "skip":
-            self._spans = self._spans[[self._holds(span, bad) for span in spans]]
-        self.bad = tuple(bad)
-        if not len(self._spans):
-            raise DataError(f"{source.file} holds no samples", got=f"{len(bad)} bad records, the first: {bad[0]}" if bad else "an empty file")
-
-    def __len__(self) -> int:
-        return len(self._spans)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index`. Raises DataError with file, record, numbers and cure; IndexError beyond the end."""
-        return self._sample(_Span(*self._spans[index].tolist()))
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
+        self.keep(len(spans), bad, empty="an empty file")
 
     def file_hash(self) -> str:
-        """SHA-256 of the file, in hexadecimal."""
         with open(self.source.file, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _sample(self, span: "_Span") -> Sample:
+    def sample(self, record: int) -> Sample:
+        span = _Span(*self._spans[record].tolist())
         with open(self.source.file, "rb") as file:
             if _stamp(file.fileno()) != self._stamp:
-                raise DataError(f"{self.source.file} was changed after it had been opened", cure="start again; a data file must not change during a run")
+                raise DataError(f"{self.source.file} was changed after it had been opened", kind="unreadable file", cure="start again; a data file must not change during a run")
             file.seek(span.start)
             text = file.read(span.stop - span.start).decode("utf-8")
         where = f"{self.source.file}, sample {span.number}" + (f" (line {span.line})" if span.line else "")
-        record = parsed(text, where)
-        return sample_of(record, number=span.number, where=where, picture=self._picture, prepend=self.source.missing_placeholder == "prepend", form=self.source.form)
-
-    def _holds(self, span: "_Span", bad: list[DataError]) -> bool:
-        try:
-            check_pictures(self._sample(span))
-        except DataError as error:
-            bad.append(error)
-            return False
-        return True
+        return sample_of(parsed(text, where), number=span.number, where=where, picture=self._picture, prepend=self.source.missing_placeholder == "prepend", form=self.source.form)
 
 
 def parsed(text: str, what: str) -> Any:
@@ -114,11 +77,13 @@ def parsed(text: str, what: str) -> Any:
     except RecursionError:
         raise _too_deep(what) from None
     except ValueError:
-        raise DataError(f"{what} holds an integer of too many digits", expected=f"at most {sys.get_int_max_str_digits():,}", cure="write it as text, or take it out") from None
+        raise DataError(
+            f"{what} holds an integer of too many digits", kind="too large", expected=f"at most {sys.get_int_max_str_digits():,}", cure="write it as text, or take it out"
+        ) from None
 
 
 def _too_deep(what: str) -> DataError:
-    return DataError(f"{what} is nested too deeply", cure="is it a record? Take it out")
+    return DataError(f"{what} is nested too deeply", kind="too large", cure="is it a record? Take it out")
 
 
 class _Span(NamedTuple):
@@ -140,7 +105,7 @@ def _find_records(file: str, bad: list[DataError] | None) -> tuple[list[_Span], 
     try:
         stamp, raw = _stamp(file), Path(file).read_bytes()
     except OSError as error:
-        raise DataError(f"the data file {file} cannot be read", got=error.strerror, cure="set `file` (or data_root) to where it lies") from error
+        raise DataError(f"the data file {file} cannot be read", kind="unreadable file", got=error.strerror, cure="set `file` (or data_root) to where it lies") from error
     begin = _check_utf8(file, raw)
     # One character per byte: structure is the same as in UTF-8, and positions are byte offsets.
     text = raw.decode("latin-1")
@@ -148,11 +113,17 @@ def _find_records(file: str, bad: list[DataError] | None) -> tuple[list[_Span], 
     if text.startswith("[", begin):
         spans = list(_array(file, text, begin))
         if not spans:
-            raise DataError(f"{file} holds no samples", got="an empty list", cure="write the records into it")
+            raise DataError(f"{file} holds no samples", kind="empty", got="an empty list", cure="write the records into it")
         return spans, stamp
     if PAGE.match(text, begin):
         cure = "fetch the data file itself: sites answer with a page where one must log in, or where nothing is there"
-        raise DataError(f"{file} is a page of HTML, not JSON", got=raw[begin:][:60].decode("utf-8", "replace").split("\n")[0], expected="a JSON array, or JSON lines", cure=cure)
+        raise DataError(
+            f"{file} is a page of HTML, not JSON",
+            kind="not JSON",
+            got=raw[begin:][:60].decode("utf-8", "replace").split("\n")[0],
+            expected="a JSON array, or JSON lines",
+            cure=cure,
+        )
     if text.startswith("{", begin):
         _check_alone(file, raw, text, begin)
     return list(_lines(file, raw, bad)), stamp
@@ -181,13 +152,14 @@ def _check_utf8(file: str, raw: bytes) -> int:
     encoding = json.detect_encoding(raw[:4])
     if not encoding.startswith("utf-8"):
         cure = f"re-save it as UTF-8: iconv -f {encoding.upper()} -t UTF-8 OLD > NEW"
-        raise DataError(f"{file} is {encoding.upper()}, from byte 0 on", got=f"the bytes {raw[:4].hex(' ')}", expected="UTF-8", cure=cure)
+        raise DataError(f"{file} is {encoding.upper()}, from byte 0 on", kind="not JSON", got=f"the bytes {raw[:4].hex(' ')}", expected="UTF-8", cure=cure)
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(
             f"{file} is not UTF-8 at byte {error.start} (line {line})",
+            kind="not JSON",
             got=f"0x{raw[error.start]:02x}, {error.reason}",
             expected="UTF-8",
             cure="re-save it as UTF-8, from GBK for instance: iconv -f GBK -t UTF-8 OLD > NEW; encodings are not guessed",
@@ -220,7 +192,7 @@ def _array(file: str, text: str, begin: int) -> Iterator[_Span]:
             raise json.JSONDecodeError("Text after the array", text, end)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno} (byte {error.pos})"
-        raise DataError(f"{file}, sample {number}: not JSON at {where}", got=error.msg, cure="was the file cut? Mend it, or write it again") from None
+        raise DataError(f"{file}, sample {number}: not JSON at {where}", kind="not JSON", got=error.msg, cure="was the file cut? Mend it, or write it again") from None
     except RecursionError:
         raise _too_deep(f"{file}, sample {number}") from None
 
@@ -252,7 +224,7 @@ def _fault(text: str, where: str) -> DataError | None:
         parsed(text, where)
     except json.JSONDecodeError as error:
         got = f"{error.msg} at column {error.colno}"
-        return DataError(f"{where}: not JSON", got=got, expected="one whole JSON object per line", cure="mend the line, or `on_bad: skip`")
+        return DataError(f"{where}: not JSON", kind="not JSON", got=got, expected="one whole JSON object per line", cure="mend the line, or `on_bad: skip`")
     except DataError as error:
         return error
     return None

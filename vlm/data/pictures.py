@@ -11,10 +11,15 @@ from vlm.data.record import check_text
 from vlm.data.sample import Picture, Sample, held
 from vlm.errors import DataError
 
-__all__ = ["ADDRESS", "check_pictures", "picture_below"]
+__all__ = ["ADDRESS", "check_pictures", "is_address", "picture_below"]
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 DATA = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+
+
+def is_address(name: str) -> bool:
+    """Whether a name is an address of the web: of http or https, the only ones that can be fetched."""
+    return name.lower().startswith(("http://", "https://"))
 
 
 def picture_below(root: str, *, remote: bool = False) -> Callable[[Any, str], Picture]:
@@ -50,23 +55,23 @@ class _Below:
                 return self._named(value, where)
         elif hasattr(value, "getexif"):
             return held(value, "picture given as an image")
-        raise DataError(f"{where}: a picture is not a path", got=repr(value)[:80], expected="a path, or a list of paths; or the bytes of a picture file")
+        raise DataError(f"{where}: a picture is not a path", kind="unreadable picture", got=repr(value)[:80], expected="a path, or a list of paths; or the bytes of a picture file")
 
     def _named(self, name: str, where: str) -> Picture:
         check_text(name, f"{where}: the name of a picture")
         if DATA.match(name):
             return _embedded(_decoded(name, where), f"{name[:30]}...", where)
-        if self.remote and name.lower().startswith(("http://", "https://")):
+        if self.remote and is_address(name):
             return Picture(name, remote=True)
         if ADDRESS.match(name):
-            web = name.lower().startswith(("http://", "https://"))
-            cure = "fetch the pictures before training and name them by path" + (", or allow them with `remote: true`" if web else "")
-            raise DataError(f"{where}: the picture {name[:80]} is not a file", expected=f"a path below {self.root}", cure=cure)
+            cure = "fetch the pictures before training and name them by path" + (", or allow them with `remote: true`" if is_address(name) else "")
+            raise DataError(f"{where}: the picture {name[:80]} is not a file", kind="remote", expected=f"a path below {self.root}", cure=cure)
         path = os.path.join(self.root, name)
         real = os.path.realpath(path)
         if os.path.commonpath((self.inside, real)) != self.inside:
             raise DataError(
                 f"{where}: the picture {name} leads out of the folder of pictures",
+                kind="outside of the root",
                 got=real if os.path.exists(real) else f"{real}, which is not there",
                 expected=f"a path below {self.root}",
                 cure="set `images` to the folder that holds all",
@@ -78,9 +83,9 @@ def _embedded(data: bytes, name: str, where: str) -> Picture:
     from vlm.images import LIMITS
 
     if not data:
-        raise DataError(f"{where}: the picture {name} holds 0 bytes", expected="the bytes of a picture file", cure="take the record out, or `on_bad: skip`")
+        raise DataError(f"{where}: the picture {name} holds 0 bytes", kind="empty", expected="the bytes of a picture file", cure="take the record out, or `on_bad: skip`")
     if len(data) > LIMITS.max_bytes:
-        raise DataError(f"{where}: the picture {name} is too large", got=f"{len(data):,} bytes", expected=f"at most {LIMITS.max_bytes:,}", cure="make it smaller")
+        raise DataError(f"{where}: the picture {name} is too large", kind="too large", got=f"{len(data):,} bytes", expected=f"at most {LIMITS.max_bytes:,}", cure="make it smaller")
     return held(data, name)
 
 
@@ -88,7 +93,7 @@ def _decoded(address: str, where: str) -> bytes:
     try:
         return base64.b64decode(address[address.index(",") + 1 :], validate=True)
     except ValueError as error:  # also of letters that are not ASCII
-        raise DataError(f"{where}: the picture {address[:30]}... is not base64", got=error, cure="mend it, or take the record out") from None
+        raise DataError(f"{where}: the picture {address[:30]}... is not base64", kind="unreadable picture", got=error, cure="mend it, or take the record out") from None
 
 
 def check_pictures(sample: Sample) -> None:
@@ -97,6 +102,8 @@ def check_pictures(sample: Sample) -> None:
         if picture.data is not None or picture.remote:
             continue
         if not os.path.isfile(picture.path):
-            raise DataError(f"{sample.where}: the picture {picture.path} is not there", cure="check the path and the source's `images` folder, or `on_bad: skip`")
+            raise DataError(
+                f"{sample.where}: the picture {picture.path} is not there", kind="missing picture", cure="check the path and the source's `images` folder, or `on_bad: skip`"
+            )
         if picture.length() < 1:
-            raise DataError(f"{sample.where}: the picture {picture.path} holds 0 bytes", cure="fetch it again, or `on_bad: skip`")
+            raise DataError(f"{sample.where}: the picture {picture.path} holds 0 bytes", kind="empty", cure="fetch it again, or `on_bad: skip`")

@@ -64,7 +64,7 @@ def sample_of(
     Raises DataError with where, numbers and cure.
     """
     if not isinstance(record, Mapping):
-        raise DataError(f"{where}: not an object", got=type(record).__name__, expected="an object with `conversations` or `messages`")
+        raise DataError(f"{where}: not an object", kind="not JSON", got=type(record).__name__, expected="an object with `conversations` or `messages`")
     _check_refused(record, where)
     found = _form(record, where)
     if form is not None and found != form:
@@ -72,9 +72,11 @@ def sample_of(
     messages = _messages(record, found, where, picture)
     if all(message.role != "assistant" for message in messages):
         roles = ", ".join(message.role for message in messages)
-        raise DataError(f"{where}: no assistant turn", got=f"roles {roles}", expected="at least one answer to learn", cure="add the answer, or take the record out")
+        raise DataError(f"{where}: no assistant turn", kind="role", got=f"roles {roles}", expected="at least one answer to learn", cure="add the answer, or take the record out")
     if not any(message.learnt for message in messages):
-        raise DataError(f"{where}: no answer is to be learnt", got="`weight` or `train` off in all of them", expected="at least one answer to learn", cure="take the record out")
+        raise DataError(
+            f"{where}: no answer is to be learnt", kind="role", got="`weight` or `train` off in all of them", expected="at least one answer to learn", cure="take the record out"
+        )
     pictures = [picture(name, where) for name in _picture_names(record, where)]
     turnless = found not in ("conversations", "messages")
     messages, notes = _match_marks(messages, len(pictures), where, prepend or turnless)
@@ -125,7 +127,7 @@ def _check_refused(record: Mapping[str, Any], where: str) -> None:
     if key in TOOL_KEYS:
         raise DataError(f"{where}: `{key}` is not taken", kind="role", expected="turns of system, user and assistant", cure=NO_TOOLS)
     cure = "write it into the answer, or take it out" if key == "reasoning_content" else "take the record out; or, with the reader hf, name the columns that are meant in `columns`"
-    raise DataError(f"{where}: `{key}` is not taken", expected="texts and pictures", cure=cure)
+    raise DataError(f"{where}: `{key}` is not taken", kind="unsupported", expected="texts and pictures", cure=cure)
 
 
 def _form(record: Mapping[str, Any], where: str) -> Form:
@@ -135,7 +137,7 @@ def _form(record: Mapping[str, Any], where: str) -> Form:
     if form is not None and (form != "caption" or _picture_names(record, where)):
         return form
     expected = "a list called `conversations`, `messages` or `texts`; or `question` and `answer`; or `image` and `caption`"
-    raise DataError(f"{where}: no turns", got=f"the keys {', '.join(map(str, record))}", expected=expected, cure="add turns, or take the record out")
+    raise DataError(f"{where}: no turns", kind="empty", got=f"the keys {', '.join(map(str, record))}", expected=expected, cure="add turns, or take the record out")
 
 
 def _messages(record: Mapping[str, Any], form: Form, where: str, picture: Callable[[Any, str], Picture]) -> list["_Message"]:
@@ -148,7 +150,7 @@ def _messages(record: Mapping[str, Any], form: Form, where: str, picture: Callab
             rows = record[form]
     if not isinstance(rows, list) or not rows:
         got = f"the keys {', '.join(map(str, record))}" if isinstance(rows, list) else f"`{form}` is {type(rows).__name__}"
-        raise DataError(f"{where}: no turns", got=got, expected=f"a list called `{form}` that is not empty", cure="add turns, or take the record out")
+        raise DataError(f"{where}: no turns", kind="empty", got=got, expected=f"a list called `{form}` that is not empty", cure="add turns, or take the record out")
     if form == "texts":
         rows = [row for pair in rows for row in _pair(pair, where)]
     messages = [_message(row, turn, where, picture if form == "messages" else None) for turn, row in enumerate(rows)]
@@ -159,7 +161,7 @@ def _messages(record: Mapping[str, Any], form: Form, where: str, picture: Callab
 
 def _pair(pair: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(pair, Mapping):
-        raise DataError(f"{where}: a pair of `texts` is not an object", got=type(pair).__name__, expected="an object with `user` and `assistant`")
+        raise DataError(f"{where}: a pair of `texts` is not an object", kind="not JSON", got=type(pair).__name__, expected="an object with `user` and `assistant`")
     both = {key: pair.get(key) for key in ("kind", *LEARN, *REFUSED)}
     return [both | {"role": role, "content": pair.get(role)} for role in ("user", "assistant")]
 
@@ -202,7 +204,7 @@ class _Message(NamedTuple):
 def _message(row: Any, turn: int, where: str, picture: Callable[[Any, str], Picture] | None) -> _Message:
     """picture: resolves the pictures in lists of parts; None where a turn may not be such a list."""
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: turn {turn} is not an object", got=type(row).__name__, expected="an object with `from` and `value`, or `role` and `content`")
+        raise DataError(f"{where}: turn {turn} is not an object", kind="not JSON", got=type(row).__name__, expected="an object with `from` and `value`, or `role` and `content`")
     role = _role(_either(row, "from", "role", where), turn, where)
     _check_refused(row, f"{where}: turn {turn}")
     content = _either(row, "value", "content", where)
@@ -215,7 +217,7 @@ def _message(row: Any, turn: int, where: str, picture: Callable[[Any, str], Pict
         parts = None
     if parts is None or (role != "system" and not any(not isinstance(part, str) or part.strip() for part in parts)):
         expected = "a string" if picture is None else "a string, or a list of parts with text"
-        raise DataError(f"{where}: turn {turn} has no text", got=repr(content)[:80], expected=expected, cure="fill it in, or take the record out")
+        raise DataError(f"{where}: turn {turn} has no text", kind="empty", got=repr(content)[:80], expected=expected, cure="fill it in, or take the record out")
     for part in parts:
         if isinstance(part, str):
             check_text(part, f"{where}: turn {turn}")
@@ -236,7 +238,7 @@ def _role(name: Any, turn: int, where: str) -> str:
     if word in ROLES:
         return ROLES[word]
     cure = NO_TOOLS if word in TOOLS else "rename the role, or take the record out"
-    raise DataError(f"{where}: turn {turn} has the unknown role {name!r}", expected=f"one of {', '.join(ROLES)}, in any case", cure=cure)
+    raise DataError(f"{where}: turn {turn} has the unknown role {name!r}", kind="role", expected=f"one of {', '.join(ROLES)}, in any case", cure=cure)
 
 
 def check_text(text: str, what: str) -> None:
@@ -245,7 +247,7 @@ def check_text(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         got = ascii(text[error.start])
-        raise DataError(f"{what} holds half a character at position {error.start}", got=got, cure="the text was cut within an emoji: mend it") from None
+        raise DataError(f"{what} holds half a character at position {error.start}", kind="not JSON", got=got, cure="the text was cut within an emoji: mend it") from None
 
 
 def _split(text: str) -> tuple[Part, ...]:
@@ -268,17 +270,17 @@ def _joined(parts: Iterator[Part] | Sequence[Part]) -> tuple[Part, ...]:
 def _part(part: Any, place: int, where: str, role: str, picture: Callable[[Any, str], Picture]) -> Part:
     """One part of a message's content. where: file, record and turn."""
     if not isinstance(part, Mapping):
-        raise DataError(f"{where}, part {place} is not an object", got=repr(part)[:80], expected='an object with a `type`, as {"type": "text", "text": "..."}')
+        raise DataError(f"{where}, part {place} is not an object", kind="not JSON", got=repr(part)[:80], expected='an object with a `type`, as {"type": "text", "text": "..."}')
     kind = part.get("type")
     if kind in ("text", "input_text", "output_text"):
         if not isinstance(part.get("text"), str):
-            raise DataError(f"{where}, part {place} has no text", got=repr(part.get("text"))[:80], expected="a string", cure="fill it in, or take the part out")
+            raise DataError(f"{where}, part {place} has no text", kind="empty", got=repr(part.get("text"))[:80], expected="a string", cure="fill it in, or take the part out")
         return part["text"]
     if kind not in ("image", "image_url", "input_image"):
         expected = "text, input_text, output_text, image, image_url or input_image"
         raise DataError(f"{where}, part {place} is of the unknown type {kind!r}", expected=expected, cure="take the part, or the record, out")
     if role != "user":
-        raise DataError(f"{where}, part {place} is a picture in a turn of the {role}", expected="pictures in user turns", cure="take the part, or the record, out")
+        raise DataError(f"{where}, part {place} is a picture in a turn of the {role}", kind="role", expected="pictures in user turns", cure="take the part, or the record, out")
     source = part.get("image_url")
     source = source.get("url") if isinstance(source, Mapping) else source
     if kind == "image":
@@ -301,7 +303,7 @@ def _match_marks(messages: list[_Message], images: int, where: str, prepend: boo
         return [*messages[:first], question._replace(parts=parts), *messages[first + 1 :]], ("placeholder prepended",)
     cure = f"write one {MARK} per picture in the user turns" + (", or set `missing_placeholder: prepend`" if slots == 0 and not prepend else "")
     got = f"images {images}, placeholders {slots} ({MARK} in user turns)"
-    raise DataError(f"{where}: pictures and placeholders differ", got=got, expected="as many of one as of the other", cure=cure)
+    raise DataError(f"{where}: pictures and placeholders differ", kind="placeholder count", got=got, expected="as many of one as of the other", cure=cure)
 
 
 def _filled(message: _Message, pictures: Iterator[tuple[int, Picture]], where: str) -> tuple[str | Picture, ...]:
@@ -312,7 +314,13 @@ def _filled(message: _Message, pictures: Iterator[tuple[int, Picture]], where: s
             continue
         place, picture = next(pictures)
         if part.index is not None and part.index != place:
-            raise DataError(f"{where}: the pictures are not in reading order", got=f"index {part.index}", expected=f"index {place}", cure="put `images` in the order of the parts")
+            raise DataError(
+                f"{where}: the pictures are not in reading order",
+                kind="placeholder count",
+                got=f"index {part.index}",
+                expected=f"index {place}",
+                cure="put `images` in the order of the parts",
+            )
         parts.append(picture)
     return tuple(parts)
 
@@ -324,11 +332,11 @@ def _check_pairs(messages: list[_Message], where: str) -> None:
     for place, (turn, message) in enumerate(dialogue):
         if turn != place + len(messages) - len(dialogue) or message.role != ("user", "assistant")[place % 2]:
             expected = "system turns first, then user and assistant by turns"
-            raise DataError(f"{where}: independent turns are not pairs at turn {turn}", got=message.role, expected=expected, cure=cure)
+            raise DataError(f"{where}: independent turns are not pairs at turn {turn}", kind="role", got=message.role, expected=expected, cure=cure)
         if place and not all(isinstance(part, str) for part in message.parts):
-            raise DataError(f"{where}: turn {turn} brings pictures of its own", expected="independent questions share the pictures of the first one", cure=cure)
+            raise DataError(f"{where}: turn {turn} brings pictures of its own", kind="role", expected="independent questions share the pictures of the first one", cure=cure)
     if len(dialogue) % 2:
-        raise DataError(f"{where}: the last independent question (turn {len(messages) - 1}) has no answer", cure="add the answer, or take the question out")
+        raise DataError(f"{where}: the last independent question (turn {len(messages) - 1}) has no answer", kind="role", cure="add the answer, or take the question out")
 
 
 def _either(record: Mapping[str, Any], one: str, other: str, where: str) -> Any:

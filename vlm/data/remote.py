@@ -23,7 +23,13 @@ def fetch(address: str) -> bytes:
     except (http.client.HTTPException, ValueError) as problem:
         raise OSError(f"{type(problem).__name__}: {problem}") from problem
     if len(data) > LIMITS.max_bytes:
-        raise DataError(f"the picture at {address} is too large", got=f"more than {LIMITS.max_bytes:,} bytes", expected=f"at most {LIMITS.max_bytes:,}", cure="make it smaller")
+        raise DataError(
+            f"the picture at {address} is too large",
+            kind="too large",
+            got=f"more than {LIMITS.max_bytes:,} bytes",
+            expected=f"at most {LIMITS.max_bytes:,}",
+            cure="make it smaller",
+        )
     return data
 
 

@@ -78,7 +78,9 @@ def _as_file(image: "Image.Image", name: str) -> bytes:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly every built-in kind
-        raise DataError(f"{name}: the picture is truncated or corrupt: {error}", cure="look into the image; or give the path or the bytes of its file") from error
+        raise DataError(
+            f"{name}: the picture is truncated or corrupt: {error}", kind="unreadable picture", cure="look into the image; or give the path or the bytes of its file"
+        ) from error
     return buffer.getvalue()
 
 
@@ -97,7 +99,13 @@ def _check_white(image: "Image.Image", name: str) -> None:
     bits, zero = tags.get(258, (16,))[0], tags.get(262)
     if image.mode.startswith("I;16") and (bits < 16 or zero == 0):
         got = f"a TIFF of {bits} bits" + (" whose white is 0" if zero == 0 else "")
-        raise DataError(f"{name}: nothing says which of its values is white", got=got, expected="16 bits, white the largest", cure="give the path or the bytes of the file")
+        raise DataError(
+            f"{name}: nothing says which of its values is white",
+            kind="unreadable picture",
+            got=got,
+            expected="16 bits, white the largest",
+            cure="give the path or the bytes of the file",
+        )
 
 
 def _upright(image: "Image.Image") -> "Image.Exif":

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm.data.convert import Question, llava_record, new_folder
+from vlm.data.convert import new_folder
 from vlm.data.llava import LlavaSource
 from vlm.data.tokenizer import write_tokenizer
 from vlm.data.write import write_records, write_split
 from vlm.errors import ConfigurationError
 
-__all__ = ["KINDS", "Scene", "Thing", "caption", "draw_scene", "paint", "questions_about", "write_scenes"]
+__all__ = ["KINDS", "Question", "Scene", "Thing", "caption", "draw_scene", "llava_record", "paint", "questions_about", "write_scenes"]
 
 GRID, CELL, DETAIL = 3, 20, 4  # cells a side; pixels a cell; drawn that much larger, then reduced
 COLOURS = {
@@ -105,6 +105,14 @@ Scene = tuple[Thing, ...]
 """One to four things in reading order, in different cells and of different colours."""
 
 
+class Question(NamedTuple):
+    """A question, its answer, and what it asks for (`kind`), where that is known."""
+
+    question: str
+    answer: str
+    kind: str | None = None
+
+
 def draw_scene(rng: random.Random, held_out: bool) -> Scene:
     """A layout of the training part or of the held-out part."""
     while True:
@@ -152,6 +160,15 @@ def questions_about(scene: Scene) -> dict[str, list[Question]]:
             found["position"].append(Question(f"where is the {thing.shape} ?", thing.place, "position"))
     found["count"].append(Question("how many objects are there ?", NUMBERS[len(scene) - 1], "count"))
     return found
+
+
+def llava_record(name: str, image: str, questions: list[Question], independent: bool = False) -> dict[str, Any]:
+    """One record in LLaVA's format: a picture, and questions with answers about it."""
+    turns: list[dict[str, str]] = []
+    for question in questions:
+        asked = {"from": "human", "value": question.question if turns else f"<image>\n{question.question}"}
+        turns += [asked | ({} if question.kind is None else {"kind": question.kind}), {"from": "gpt", "value": question.answer}]
+    return {"id": name, "image": image} | ({"independent": True} if independent else {}) | {"conversations": turns}
 
 
 def write_scenes(

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from vlm.data.pictures import is_address
 from vlm.data.remote import opener
 from vlm.data.tarindex import COMPRESSED, Member, ShardIndex, Stamp, index_of, keep_index, load_index, parse_index, read_index, stamp_of
 from vlm.errors import DataError
@@ -55,7 +56,7 @@ def find_shards(file: str, *, stream: bool = False, remote: bool = False) -> "li
             raise DataError(f"the folder {file} holds no shards", expected=f"files called *{', *'.join(suffixes)}")
         return [Shard(path, stream) for path in found]
     paths = _expanded(file)
-    if any(map(_is_remote, paths)):
+    if any(map(is_address, paths)):
         if not (remote and stream):
             raise DataError(f"the shards {file} are not files", cure="fetch them before training; or set `remote: true` and `stream: true`")
         return [Shard(path, stream) for path in paths]
@@ -83,10 +84,6 @@ def _choices(text: str) -> list[str]:
     return text.split(",")
 
 
-def _is_remote(path: str) -> bool:
-    return path.lower().startswith(("http://", "https://"))
-
-
 # ---- one shard -----------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +104,7 @@ class Shard:
 
     def index(self) -> ShardIndex:
         """Its index: the one beside it, where that is its own; else made from its headers, or from all of a compressed or remote one (which is said). Raises DataError."""
-        if _is_remote(self.path):
+        if is_address(self.path):
             return self._remote_index()
         try:
             self._stamp = stamp_of(self.path)
@@ -159,7 +156,7 @@ class Shard:
 
     def _unpacked(self) -> bytes:
         try:
-            data = _fetched(self.path) if _is_remote(self.path) else _read(self.path)
+            data = _fetched(self.path) if is_address(self.path) else _read(self.path)
         except OSError as error:
             raise self._unread(error) from error
         packing = _packing(data[:8])
@@ -171,14 +168,18 @@ class Shard:
                 _pour(file, whole, self.path)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             index_of(io.BytesIO(whole), len(whole), self.path)  # raises where a member was lost, and says which was the last whole one
-            raise DataError(f"{self.path} is cut or damaged", got=f"{len(data):,} bytes of {packing}: {error}", cure="fetch or write it again") from error
+            raise DataError(f"{self.path} is cut or damaged", kind="unreadable file", got=f"{len(data):,} bytes of {packing}: {error}", cure="fetch or write it again") from error
         return bytes(whole)
 
     def _unread(self, error: OSError) -> DataError:
-        return DataError(f"the shard {self.path} cannot be read", got=error.strerror or error, cure="set `file` (or data_root) to where it lies")
+        return DataError(f"the shard {self.path} cannot be read", kind="unreadable file", got=error.strerror or error, cure="set `file` (or data_root) to where it lies")
 
     def _changed(self) -> DataError:
-        return DataError(f"{self.path} was changed after it had been opened", cure="start again; a shard must not change during a run, nor differ from the index beside it")
+        return DataError(
+            f"{self.path} was changed after it had been opened",
+            kind="unreadable file",
+            cure="start again; a shard must not change during a run, nor differ from the index beside it",
+        )
 
 
 def _packing(front: bytes) -> str | None:
@@ -197,7 +198,9 @@ def _pour(file: BufferedIOBase, into: bytearray, shard: str) -> None:
     while piece := file.read1(PIECE):  # what came before a break is not lost
         into += piece
         if len(into) > LARGEST:
-            raise DataError(f"{shard} is too large to be streamed", expected=f"at most {LARGEST:,} bytes", cure="write smaller shards, or read plain ones without `stream`")
+            raise DataError(
+                f"{shard} is too large to be streamed", kind="too large", expected=f"at most {LARGEST:,} bytes", cure="write smaller shards, or read plain ones without `stream`"
+            )
 
 
 def _fetched(address: str, tries: int = TRIES) -> bytes:

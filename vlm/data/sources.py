@@ -41,8 +41,10 @@ def sources_at(path: str | Path, *, reader: str | None = None, images: str | Pat
     return {split: _source(file, reader, images, columns) for split, file in found.items()}
 
 
-def columns_of(text: str) -> dict[str, str]:
+def columns_of(text: str | None) -> dict[str, str] | None:
     """What `--columns` says: YAML, our names for the file's. Raises ConfigurationError for anything but names."""
+    if text is None:
+        return None
     expected = "our names for the file's, as {image: picture, question: prompt, answer: response}"
     try:
         columns = yaml.safe_load(text)

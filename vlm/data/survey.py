@@ -1,6 +1,5 @@
 """What a data source holds and what is wrong with it: every record is read, whatever is wrong with others."""
 
-import glob
 import io
 import json
 from collections import Counter
@@ -14,8 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from vlm.data.base import Reader, Source
 from vlm.data.pictures import check_pictures
-from vlm.data.problems import kind_of
 from vlm.data.sample import Picture, Sample
 from vlm.errors import DataError
 from vlm.images import open_picture, upright_size
@@ -23,7 +22,7 @@ from vlm.images import open_picture, upright_size
 __all__ = ["HEADERS", "Problems", "Survey", "survey_source", "write_report"]
 
 HEADERS = 1000
-"""Pictures whose headers are read, unless all are asked for."""
+"""Pictures per source whose headers are read, unless all are asked for."""
 EXAMPLES = 3
 LISTED = 20
 """Kinds of questions that are printed; the JSON has all."""
@@ -139,13 +138,13 @@ class Survey:
                 self.longest = len(turn.text), f"{sample.where}, turn {number}"
 
     def _add(self, error: DataError) -> None:
-        problems = self.problems.setdefault(kind_of(error), Problems())
+        problems = self.problems.setdefault(error.kind, Problems())
         problems.count += 1
         if len(problems.examples) < EXAMPLES:
             problems.examples.append(str(error))
 
 
-def survey_source(source: Any, *, everything: bool = False, decode: bool = False) -> Survey:
+def survey_source(source: Source, *, everything: bool = False, decode: bool = False) -> Survey:
     """Opens a data source and reads every record, and the headers of the first 1,000 pictures (everything: of all; decode: all pictures whole, as training does).
 
     What is bad is counted and does not stop it. Where a file of a source of several cannot be opened, the others are read one by one.
@@ -156,7 +155,7 @@ def survey_source(source: Any, *, everything: bool = False, decode: bool = False
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(source.file, total=sum(map(len, readers)))
         for reader in readers:
-            found.warnings += getattr(reader, "warnings", ())
+            found.warnings += reader.warnings
             for error in reader.bad:
                 found._add(error)
             for index in range(len(reader)):
@@ -170,15 +169,14 @@ def write_report(file: Path, surveys: Mapping[str, Survey]) -> None:
     file.write_text(json.dumps({split: found.to_json() for split, found in surveys.items()}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _readers(source: Any, found: Survey) -> Iterator[Any]:
+def _readers(source: Source, found: Survey) -> Iterator[Reader[Any]]:
     """The opened source. Where its file is wrong: without its bad records; else its parts that can be opened."""
     try:
         yield source.open()
         return
     except DataError as error:
         problem = error
-    parts = _parts(source.file)
-    if len(parts) > 1:
+    if len(parts := _parts(source)) > 1:
         for part in parts:
             yield from _readers(replace(source, file=part), found)
         return
@@ -188,11 +186,14 @@ def _readers(source: Any, found: Survey) -> Iterator[Any]:
         found._add(problem)
 
 
-def _parts(file: str) -> list[str]:
-    return sorted(str(path) for path in Path(file).iterdir() if path.is_file()) if Path(file).is_dir() else sorted(glob.glob(file))
+def _parts(source: Source) -> list[str]:
+    try:
+        return source.parts()
+    except DataError:
+        return []
 
 
-def _look(reader: Any, index: int, found: Survey, everything: bool, decode: bool) -> None:
+def _look(reader: Reader[Any], index: int, found: Survey, everything: bool, decode: bool) -> None:
     try:
         sample: Sample = reader[index]
         check_pictures(sample)

@@ -5,14 +5,15 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from vlm.data import register
+from vlm.data.base import Reader, Source
 from vlm.data.jsonfile import parsed
 from vlm.data.mixture import WINDOW
-from vlm.data.pictures import ADDRESS, check_pictures, picture_below
+from vlm.data.pictures import ADDRESS, picture_below
 from vlm.data.record import form_of, refused_key, sample_of
 from vlm.data.sample import Picture, Sample
 from vlm.data.shards import Shard, find_shards
@@ -30,40 +31,34 @@ KEPT = 2**30
 
 @register("tar")
 @dataclass(frozen=True, kw_only=True)
-class TarSource:
+class TarSource(Source):
     """Tar shards. A sample is the members that share a name up to the first dot of the base name, wherever in the shard they lie.
 
-    Its record is the member `json` (any form that `sample_of` knows), else `txt` or `caption`, the caption of its pictures; beside these a `json` of no known form is metadata. A record names pictures by member, by extension ("left.jpg") or by path
-    below `images`; where it names none, it has all its picture members, in the order of the shard.
+    Its record is the member `json` (any form that `sample_of` knows), else `txt` or `caption`, the caption of its pictures; beside these a `json` of no known form is metadata. A record
+    names pictures by member, by extension ("left.jpg") or by path below `images`; where it names none, it has all its picture members, in the order of the shard.
 
-    file: a shard, a folder of them, a pattern (`train-*.tar`), or a range (`train-{000000..000012}.tar`). images: the folder of pictures that are no members; without it no file is read. samples: their number, for planning where
-    the shards are not there. missing_placeholder, on_bad: as of `LlavaSource`; with `stream`, on_bad leaves bad samples to the step that meets them.
+    file: a shard, a folder of them, a pattern (`train-*.tar`), or a range (`train-{000000..000012}.tar`). images: the folder of pictures that are no members; without it no file is read.
+    on_bad: with `stream`, bad samples are left to the step that meets them. remote: shards may be addresses too, with `stream`.
     stream: read each shard from front to back into memory, compressed ones too (gzip, bzip2, xz), in an order that takes few shards at a time. Every worker of every rank reads every shard.
-    remote: shards and pictures may be http and https addresses; shards only with `stream`.
     """
 
-    file: str
-    images: str | None = None
-    samples: int | None = None
-    missing_placeholder: Literal["error", "prepend"] = "error"
-    on_bad: Literal["error", "skip"] = "error"
     stream: bool = False
-    remote: bool = False
+
+    def parts(self) -> list[str]:
+        return [shard.path for shard in find_shards(self.file, stream=self.stream, remote=self.remote)]
 
     def open(self) -> "TarReader":
         """Reads the indexes of the shards, and writes those that are missing or stale to SHARD.index. Raises DataError for shards that are missing, cut, damaged, or no tar files."""
         return TarReader(self)
 
 
-class TarReader:
-    """Random access to the samples of tar shards.
+class TarReader(Reader[TarSource]):
+    """The samples of tar shards. Random access reads a record by its place and leaves its pictures where they are; a streamed reader keeps the last shards.
 
-    Keeps the members' places, not their bytes: cheap to fork and to pickle. Random access reads a record by its place and leaves its pictures where they are; a streamed reader keeps the last shards.
-
-    bad: one error per sample that is left out: members that are no sample by their names, and what `on_bad: skip` found.
-    warnings: what else a user should see: empty shards, members that were skipped, captions of several pictures, indexes that could not be kept.
-    blocks: samples per shard, for the order of a mixture; None where any order will do.
+    bad: members that are no sample by their names, and what `on_bad: skip` found. warnings: empty shards, members that were skipped, captions of several pictures, indexes that could not be kept.
     """
+
+    records = "samples"
 
     def __init__(self, source: TarSource):
         self.source = source
@@ -72,28 +67,11 @@ class TarReader:
         self._ends = np.cumsum([len(index) for index in self._indexes])
         self._beyond = picture_below(source.images or ".", remote=source.remote)
         self._held: dict[int, bytes] = {}
-        bad = [DataError(f"{shard.path}, sample {key}: {reason}") for shard, index in zip(self.shards, self._indexes, strict=True) for key, reason in index.lost]
-        self._numbers = np.arange(int(self._ends[-1]))
-        if source.on_bad == "skip" and not source.stream:
-            self._numbers = self._numbers[[self._holds(number, bad) for number in self._numbers.tolist()]]
-        self.bad = tuple(bad)
+        if source.stream:
+            self.blocks = tuple(len(index) for index in self._indexes if len(index))
         self.warnings = tuple(_warnings(self.shards, self._indexes, source.stream))
-        if not len(self._numbers):
-            raise DataError(f"{source.file} holds no samples", got=f"{len(bad)} that were left out, the first: {bad[0]}" if bad else "; ".join(self.warnings))
-
-    @property
-    def blocks(self) -> tuple[int, ...] | None:
-        return tuple(len(index) for index in self._indexes if len(index)) if self.source.stream else None
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index`. Raises DataError with shard, key and cure; IndexError beyond the end."""
-        return self._sample(int(self._numbers[index]))
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
+        lost = [DataError(f"{shard.path}, sample {key}: {reason}") for shard, index in zip(self.shards, self._indexes, strict=True) for key, reason in index.lost]
+        self.keep(int(self._ends[-1]), lost, look=not source.stream, empty="; ".join(self.warnings))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_held": {}}
@@ -103,21 +81,21 @@ class TarReader:
         parts = ([shard.path.rpartition("/")[2], index.digest] for shard, index in zip(self.shards, self._indexes, strict=True))
         return hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()
 
-    def _sample(self, number: int) -> Sample:
-        place = int(np.searchsorted(self._ends, number, side="right"))
+    def sample(self, record: int) -> Sample:
+        place = int(np.searchsorted(self._ends, record, side="right"))
         index = self._indexes[place]
-        members = index.members(number - int(self._ends[place]) + len(index))
+        members = index.members(record - int(self._ends[place]) + len(index))
         key, where = members[0].key, f"{self.shards[place].path}, sample {members[0].key}"
         read, picture = self._ways(place)
-        record, notes = _record(members, where, read)
+        content, notes = _record(members, where, read)
         pictures = [picture(member) for member in members if _is_picture(member)]
-        if pictures and not _names_pictures(record):
-            notes += ("caption of several pictures",) * (len(pictures) > 1 and form_of(record) == "caption")
-            record = {**record, "images": pictures}
-        if record.get("id") is None:
-            record = {**record, "id": key}
+        if pictures and not _names_pictures(content):
+            notes += ("caption of several pictures",) * (len(pictures) > 1 and form_of(content) == "caption")
+            content = {**content, "images": pictures}
+        if content.get("id") is None:
+            content = {**content, "id": key}
         found = partial(self._picture, members, picture)
-        sample = sample_of(record, number=number, where=where, picture=found, prepend=self.source.missing_placeholder == "prepend")
+        sample = sample_of(content, number=record, where=where, picture=found, prepend=self.source.missing_placeholder == "prepend")
         return replace(sample, notes=sample.notes + notes)
 
     def _ways(self, place: int) -> tuple[Callable[[Member], bytes], Callable[[Member], Picture]]:
@@ -155,18 +133,11 @@ class TarReader:
         if self.source.images is None and not ADDRESS.match(name):
             raise DataError(
                 f"{where}: no member is the picture {name[:80]!r}",
+                kind="missing picture",
                 got=f"the members {', '.join(member.base for member in members)}",
                 cure="name a member or its extension; or set `images` to the folder of pictures that are no members",
             )
         return self._beyond(value, where)
-
-    def _holds(self, number: int, bad: list[DataError]) -> bool:
-        try:
-            check_pictures(self._sample(number))
-        except DataError as error:
-            bad.append(error)
-            return False
-        return True
 
 
 def _is_picture(member: Member) -> bool:
@@ -181,21 +152,25 @@ def _record(members: Sequence[Member], where: str, read: Callable[[Member], byte
     if others and not (isinstance(record, Mapping) and (form_of(record) or refused_key(record))):
         return _content(others[0], where, read), ("caption beside metadata",)
     if not isinstance(record, Mapping):
-        raise DataError(f"{where}: {first.base} is not an object", got=type(record).__name__, expected="an object with `conversations` or `messages`")
+        raise DataError(f"{where}: {first.base} is not an object", kind="not JSON", got=type(record).__name__, expected="an object with `conversations` or `messages`")
     return record, ()
 
 
 def _content(member: Member, where: str, read: Callable[[Member], bytes]) -> Any:
     if member.size > LARGEST_RECORD:
-        raise DataError(f"{where}: {member.base} is too large for a record", got=f"{member.size:,} bytes", expected=f"at most {LARGEST_RECORD:,}")
+        raise DataError(f"{where}: {member.base} is too large for a record", kind="too large", got=f"{member.size:,} bytes", expected=f"at most {LARGEST_RECORD:,}")
     try:
         text = read(member).decode("utf-8-sig")
         return parsed(text, f"{where}: {member.base}") if member.extension == "json" else {"caption": text.strip()}
     except UnicodeDecodeError as error:
         cure = "re-save it as UTF-8; encodings are not guessed"
-        raise DataError(f"{where}: {member.base} is not UTF-8 at byte {error.start}", got=f"0x{error.object[error.start]:02x}, {error.reason}", cure=cure) from None
+        raise DataError(
+            f"{where}: {member.base} is not UTF-8 at byte {error.start}", kind="not JSON", got=f"0x{error.object[error.start]:02x}, {error.reason}", cure=cure
+        ) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: {member.base} is not JSON at line {error.lineno} column {error.colno}", got=error.msg, cure="mend it, or `on_bad: skip`") from None
+        raise DataError(
+            f"{where}: {member.base} is not JSON at line {error.lineno} column {error.colno}", kind="not JSON", got=error.msg, cure="mend it, or `on_bad: skip`"
+        ) from None
 
 
 def _names_pictures(record: Mapping[str, Any]) -> bool:

@@ -108,9 +108,9 @@ def load_index(path: str) -> tuple[ShardIndex, str | None]:
         with open(path, "rb") as file:
             index = index_of(file, stamp[0], path)
             if stamp_of(file.fileno()) != stamp:
-                raise DataError(f"{path} was changed while its index was made", cure="wait until it is whole, then start again")
+                raise DataError(f"{path} was changed while its index was made", kind="unreadable file", cure="wait until it is whole, then start again")
     except OSError as error:
-        raise DataError(f"the shard {path} cannot be read", got=error.strerror, cure="set `file` (or data_root) to where it lies") from error
+        raise DataError(f"the shard {path} cannot be read", kind="unreadable file", got=error.strerror, cure="set `file` (or data_root) to where it lies") from error
     return index, keep_index(path, stamp, index)
 
 
@@ -358,6 +358,7 @@ class _Scan:
             if piece.count(0) < len(piece):
                 raise DataError(
                     f"{self.shard} goes on behind the end of its archive, which is at byte {position:,}",
+                    kind="unreadable file",
                     got=f"the last member before is {self.last}",
                     expected="zeros up to the end of the file",
                     cure="shards that were joined are to be listed one by one; if this one was not, its middle is damaged: fetch it again",
@@ -366,6 +367,7 @@ class _Scan:
     def _cut(self) -> DataError:
         return DataError(
             f"{self.shard} is cut: it ends at byte {self.length:,} in the middle of the archive",
+            kind="unreadable file",
             got=f"the last whole member is {self.last}",
             expected="two blocks of zeros at the end",
             cure="fetch or write it again",
@@ -373,16 +375,22 @@ class _Scan:
 
     def _damaged(self, position: int, got: str) -> DataError:
         return DataError(
-            f"{self.shard} is damaged at byte {position:,}: no header of a tar archive", got=f"{got}; the last whole member is {self.last}", cure="fetch or write it again"
+            f"{self.shard} is damaged at byte {position:,}: no header of a tar archive",
+            kind="unreadable file",
+            got=f"{got}; the last whole member is {self.last}",
+            cure="fetch or write it again",
         )
 
     def _no_tar(self, block: bytes) -> DataError:
         for magic, kind in COMPRESSED.items():
             if block.startswith(magic):
                 cure = "unpack it once (random access needs a plain tar)" + ("" if kind == "zstd" else ", or read it with `stream: true`")
-                return DataError(f"{self.shard} is compressed with {kind}", expected="a plain tar file", cure=cure)
+                return DataError(f"{self.shard} is compressed with {kind}", kind="unreadable file", expected="a plain tar file", cure=cure)
         return DataError(
-            f"{self.shard} is not a tar file", got=f"{self.length:,} bytes that begin with {block[:24]!r}", cure="look into it: a page with an error, perhaps; fetch it again"
+            f"{self.shard} is not a tar file",
+            kind="unreadable file",
+            got=f"{self.length:,} bytes that begin with {block[:24]!r}",
+            cure="look into it: a page with an error, perhaps; fetch it again",
         )
 
 

@@ -53,7 +53,7 @@ def write_split(samples: Iterable[Sample], folder: Path, split: str, to: str, *,
         case _:
             reader, file = to, _write_json(count.all(samples), folder, split, to)
     if not count.samples:
-        raise DataError(f"the split {split} holds no samples")
+        raise DataError(f"the split {split} holds no samples", kind="empty")
     return Written(count.samples, count.answers, count.pictures, reader, file)
 
 

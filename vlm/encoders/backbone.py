@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm.encoders.base import BlockWeights, Encoder, FixedSizeSpec, Mode
+from vlm.encoders.base import BlockWeights, Encoder, FixedSizeSpec, Mode, Triple
 from vlm.encoders.prepare import Data, Interpolation, squared
-from vlm.errors import CheckpointError, ConfigurationError, EnvironmentProblem
+from vlm.encoders.readers import Reader
+from vlm.errors import ConfigurationError, EnvironmentProblem
 from vlm.features import PATCH, SUMMARY, Features, ImageInput, Layouts, Level, Stream, TokenLayout
 
-__all__ = ["BackboneEncoder", "BackboneSpec", "Reader", "StreamShape", "config_beside", "library", "part_of_linear"]
+__all__ = ["BackboneEncoder", "BackboneSpec", "StreamShape", "library", "whole_depth"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class BackboneSpec(FixedSizeSpec):
     package: ClassVar[str]
     name: str | None = None
     size: int | None = None  # type: ignore[assignment]
-    mean: tuple[float, float, float] | None = None  # type: ignore[assignment]
-    std: tuple[float, float, float] | None = None  # type: ignore[assignment]
+    mean: Triple | None = None  # type: ignore[assignment]
+    std: Triple | None = None  # type: ignore[assignment]
     fit: Literal["crop", "squash", "pad"] | None = None  # type: ignore[assignment]
     interpolation: Interpolation | None = None
     crop: float | None = None
@@ -115,45 +116,6 @@ class BackboneSpec(FixedSizeSpec):
     def preprocess(self, image: Image.Image, mode: Mode) -> Mapping[str, Tensor]:
         assert self.mean is not None and self.std is not None and self.crop is not None and self.interpolation is not None and self.fit is not None and self.fill is not None
         return {"pixels": self.normalise(squared(image, Data(self.side, self.mean, self.std, self.interpolation, self.fit, self.crop, self.fill)))}
-
-
-class Reader:
-    """How hidden states are read of one kind of backbone. Its methods run inside the call of `trunk`, so that ZeRO 3 has gathered the trunk's own parameters."""
-
-    def __init__(self, trunk: Any):
-        self.trunk = trunk
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """Blocks that may be those of a vision transformer: each reads tokens as its first argument and returns tokens."""
-        return ()
-
-    def grid(self, pixels: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        raise NotImplementedError
-
-    def final(self, pixels: Tensor) -> Tensor:
-        """The tokens that the library hands to its pooling: after the final norm, where it has one before the pooling."""
-        raise NotImplementedError
-
-    def stages(self, pixels: Tensor, numbers: Sequence[int] | None, final: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """The final map, where it is wanted, and those of the stages `numbers` (None: all) as (n, C, rows, columns)."""
-        raise NotImplementedError
-
-    def pool(self, tokens: Tensor) -> Tensor | None:
-        """Tokens (n, Q, D) that queries draw from the last hidden state, where the library trained such a pooler for captions."""
-        return None
-
-    def pooled_prefix(self) -> int:
-        """How many of the pooled tokens are a summary."""
-        return 0
-
-    def block(self, index: int) -> BlockWeights | None:
-        """Block `index` for a ladder, None where it is not a plain pre-norm block."""
-        return None
-
-    def channels_last(self) -> bool:
-        """Whether the final map is (n, rows, columns, C)."""
-        return False
 
 
 class BackboneEncoder(Encoder):
@@ -382,7 +344,7 @@ def _tokens(found: Tensor, channels_last: bool = False) -> Tensor:
     return found.flatten(1, 2) if channels_last else found.flatten(2).transpose(1, 2)
 
 
-# ---- libraries and their files -------------------------------------------------------------------------------------------
+# ---- libraries -----------------------------------------------------------------------------------------------------------
 
 
 def library(package: str, use: str) -> Any:
@@ -395,25 +357,11 @@ def library(package: str, use: str) -> Any:
         raise EnvironmentProblem(f"encoder {use} needs the package {problem.name}, which is not installed", cure="pip install 'vlm[openclip]'") from problem
 
 
-def config_beside(path: str, file: str) -> dict[str, Any] | None:
-    """JSON file beside weights (`path`: their folder, the cached snapshot of a hub repository, or the weights file), None where there is none. Raises CheckpointError."""
-    from vlm.weights.files import find_folder
+def whole_depth(model: nn.Module) -> nn.Module:
+    """The model without stochastic depth, which some of timm's have by default: two ranks would draw otherwise than one."""
+    from timm.layers.drop import DropPath
 
-    place = find_folder(path)
-    found = (place if place.is_dir() else place.parent) / file
-    if not found.is_file():
-        return None
-    try:
-        return dict(json.loads(found.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as problem:
-        raise CheckpointError(f"{found} is damaged: {problem}", expected="a JSON object", cure="fetch it again") from problem
-
-
-def part_of_linear(weight: Tensor, bias: Tensor | None, part: int, parts: int = 3) -> nn.Linear:
-    """One of the `parts` linears that are stored as one (query, key, value): a copy, without gradients."""
-    rows = len(weight) // parts
-    linear = nn.Linear(weight.shape[1], rows, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach()[part * rows : (part + 1) * rows], requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach()[part * rows : (part + 1) * rows], requires_grad=False)
-    return linear
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return model

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from vlm.features import Features, ImageInput, Layouts, Level, TokenLayout
 from vlm.initial import draw
 
-__all__ = ["BlockWeights", "Encoder", "EncoderSpec", "FixedSizeSpec", "Mode"]
+__all__ = ["BlockWeights", "Encoder", "EncoderSpec", "FixedSizeSpec", "Mode", "Triple"]
 
 Mode = Literal["train", "infer"]
+Triple = tuple[float, float, float]
+"""A number per channel: red, green, blue."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ class FixedSizeSpec(EncoderSpec):
     width: int = 384
     depth: int = 12
     prefix: int = 0
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: Triple = (0.5, 0.5, 0.5)
+    std: Triple = (0.5, 0.5, 0.5)
     fit: Literal["crop", "squash", "letterbox"] = "squash"
 
     @property

@@ -1,93 +1,13 @@
 """CLIP's vision tower through transformers, with all levels."""
 
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from vlm.encoders import register
-from vlm.encoders.base import BlockWeights, Encoder, FixedSizeSpec
-from vlm.errors import CheckpointError, ConfigurationError
-from vlm.features import Features, ImageInput, Level, Stream
+from vlm.encoders.base import Triple
+from vlm.encoders.tower import CLIP_MEAN, CLIP_STD, TowerEncoder, TowerSpec
 
-__all__ = ["CLIPEncoder", "CLIPSpec", "TowerEncoder", "TowerSpec"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TowerSpec(FixedSizeSpec):
-    """A Vision Transformer of transformers that is described by its `config` numbers (CLIP, SigLIP)."""
-
-    def __post_init__(self) -> None:
-        if self.config is None and self.path is not None:
-            object.__setattr__(self, "config", beside_weights(self.path))
-        numbers = self.numbers()
-        for name, key in (("size", "image_size"), ("patch", "patch_size"), ("width", "hidden_size"), ("depth", "num_hidden_layers")):
-            object.__setattr__(self, name, numbers[key])
-
-    def config_class(self) -> Any:
-        """transformers' class of `config`."""
-        raise NotImplementedError
-
-    def numbers(self) -> Mapping[str, Any]:
-        """The architecture numbers, the class's defaults filled in; raises ConfigurationError."""
-        return checked(self.config_class(), self.config)
-
-
-class TowerEncoder(Encoder):
-    """Levels 0..L of a transformers tower: level i is the input of block i, level L the output of the last block, never normed."""
-
-    tower: nn.Module
-    spec: TowerSpec
-
-    def forward(self, images: Sequence[ImageInput], levels: Mapping[str, Sequence[Level]]) -> Features:
-        pixels = torch.stack([image.views["pixels"] for image in images])
-        wanted = levels["image"]
-        hidden = self.tower(pixel_values=pixels, output_hidden_states=True).hidden_states
-        side = self.spec.size // self.spec.patch
-        length = side * side + self.spec.prefix
-        found = {level: self._level(hidden, level).reshape(-1, self.spec.width) for level in wanted}
-        return Features({"image": Stream(found, (length,) * len(images), ((side, side),) * len(images), self.spec.prefix)})
-
-    def _level(self, hidden: tuple[Tensor, ...], level: Level) -> Tensor:
-        """(n, T, D) of one level."""
-        return self.final_norm(hidden[-1]) if level == "final" else hidden[int(level)]
-
-    def unused(self, levels: Mapping[str, Sequence[Level]]) -> list[nn.Parameter]:
-        wanted = levels["image"]
-        depth = self.spec.depth
-        highest = max(depth if level == "final" else int(level) % (depth + 1) for level in wanted)
-        idle = [p for block in self.blocks()[highest:] for p in block.parameters()]
-        if "final" not in wanted:
-            idle += self.final_norm.parameters()
-        return idle + self.never_read()
-
-    def weights_key(self, name: str) -> str | None:
-        """Released files hold the tower as `vision_model.`, most of them beside a text tower."""
-        if name.startswith(("text_model.", "text_projection", "visual_projection", "logit_scale", "logit_bias")):
-            return None
-        return "tower." + name.removeprefix("vision_model.")
-
-    @property
-    def final_norm(self) -> nn.Module:
-        raise NotImplementedError
-
-    def blocks(self) -> nn.ModuleList:
-        raise NotImplementedError
-
-    def never_read(self) -> list[nn.Parameter]:
-        """What the files carry and no level needs (a pooling head)."""
-        return []
-
-    def block(self, index: int) -> BlockWeights | None:
-        block: Any = self.blocks()[index]
-        attention, config = block.self_attn, block.self_attn.config
-        return BlockWeights(
-            config.hidden_size, config.num_attention_heads, config.intermediate_size, config.hidden_act, config.layer_norm_eps,
-            attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, block.layer_norm1, block.layer_norm2, block.mlp.fc1, block.mlp.fc2,
-        )  # fmt: skip
+__all__ = ["CLIPEncoder", "CLIPSpec"]
 
 
 @register("clip")
@@ -96,8 +16,8 @@ class CLIPSpec(TowerSpec):
     """OpenAI's CLIP tower (Radford et al. 2021): class token in front, shortest edge and centre crop. config: fields of transformers' CLIPVisionConfig."""
 
     prefix: int = 1
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: Triple = CLIP_MEAN
+    std: Triple = CLIP_STD
     fit: str = "crop"  # type: ignore[assignment]
 
     def config_class(self) -> Any:
@@ -112,35 +32,7 @@ class CLIPSpec(TowerSpec):
 class CLIPEncoder(TowerEncoder):
     def __init__(self, spec: CLIPSpec):
         super().__init__()
-        from transformers import CLIPVisionConfig, CLIPVisionModel
+        from transformers import CLIPVisionModel
 
         self.spec = spec
-        self.tower = CLIPVisionModel(CLIPVisionConfig(**dict(spec.config or {})))
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.tower.post_layernorm  # type: ignore[return-value]
-
-    def blocks(self) -> nn.ModuleList:
-        return self.tower.encoder.layers  # type: ignore[return-value,union-attr]
-
-
-def checked(config_class: Any, numbers: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The numbers with the class's defaults; raises ConfigurationError where transformers does not accept them."""
-    try:
-        return config_class(**dict(numbers or {})).to_dict()
-    except Exception as problem:  # transformers' strict configs raise several kinds
-        raise ConfigurationError(f"transformers does not accept the encoder's config: {problem}", cure="mend encoder.config") from problem
-
-
-def beside_weights(path: str) -> Mapping[str, Any]:
-    """The tower's numbers from the config.json beside its weights (`vision_config` of a two-tower file, the encoder's of one of our own folders). Raises CheckpointError."""
-    from vlm.weights.files import find_folder
-
-    file = find_folder(path) / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent} holds no config.json", cure="give the folder of a whole checkpoint, or the numbers as encoder.config")
-    numbers = json.loads(file.read_text(encoding="utf-8"))
-    if numbers.get("model_type") == "vlm":
-        return numbers["encoder"]["config"]
-    return numbers.get("vision_config", numbers)
+        self.tower = CLIPVisionModel(spec.whole_config())

@@ -13,25 +13,23 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vlm.encoders import register
-from vlm.encoders.base import BlockWeights, Encoder, EncoderSpec, FixedSizeSpec, Mode
-from vlm.encoders.clip import beside_weights, checked
-from vlm.errors import CheckpointError, ConfigurationError
+from vlm.encoders.base import BlockWeights, Encoder, EncoderSpec, FixedSizeSpec, Mode, Triple
+from vlm.encoders.tower import CLIP_MEAN, CLIP_STD, Described
+from vlm.errors import CheckpointError, ConfigurationError, listed
 from vlm.features import PATCH, Features, ImageInput, Layouts, Level, Stream, TokenLayout
 from vlm.images import mean_color
 from vlm.letterbox import Rounding, fit_square
+from vlm.weights.files import find_folder, read_tensors
+from vlm.weights.strict import DERIVED, load_tensors
 
 if TYPE_CHECKING:
     from vlm.encoders.sam import SAMTower
 
 __all__ = ["HybridEncoder", "HybridSpec", "SAMSpec"]
 
-Triple = tuple[float, float, float]
-IDLE = ("tower.head.", "tower.embeddings.position_ids")
-"""What released files of the low tower hold and a tower built without a pooling head does not read."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class SAMSpec:
+class SAMSpec(Described):
     """The high-resolution tower. config: fields of transformers' SamVisionConfig. downsample_channels: of the convolutions behind the neck, each halving the grid.
 
     path: folder of a SAM in its own or transformers' names, or of this tower in DeepSeek-VL's. interpolate: rows and columns that the neck's map is resized to; default 4 x the low tower's grid.
@@ -42,25 +40,18 @@ class SAMSpec:
     config: Mapping[str, Any] | None = None
     downsample_channels: tuple[int, ...] = (512, 1024)
     interpolate: tuple[int, int] | None = None
-    mean: Triple = (0.48145466, 0.4578275, 0.40821073)
-    std: Triple = (0.26862954, 0.26130258, 0.27577711)
+    mean: Triple = CLIP_MEAN
+    std: Triple = CLIP_STD
 
-    def __post_init__(self) -> None:
-        if self.config is None and self.path is not None:
-            object.__setattr__(self, "config", beside_weights(self.path))
-
-    def numbers(self) -> Mapping[str, Any]:
-        """The architecture numbers, the class's defaults filled in; raises ConfigurationError."""
+    def config_class(self) -> Any:
         from transformers import SamVisionConfig
 
-        return checked(SamVisionConfig, self.config)
+        return SamVisionConfig
 
     def build(self, grid: tuple[int, int]) -> "SAMTower":
-        from transformers import SamVisionConfig
-
         from vlm.encoders.sam import SAMTower
 
-        return SAMTower(SamVisionConfig(**dict(self.config or {})), self.downsample_channels, grid)
+        return SAMTower(self.whole_config(), self.downsample_channels, grid)
 
 
 @register("hybrid")
@@ -259,8 +250,6 @@ class HybridEncoder(Encoder):
 
     def initialise(self) -> None:
         """Draw each tower, then load what its Spec names a path for. Raises CheckpointError for keys that are missing, left over or of another shape."""
-        from vlm.weights.files import find_folder, read_tensors
-
         for name, tower, spec, read in (("high", self.high, self.spec.high, read_tensors), ("low", self.low, self.spec.low, self.low.tensors)):
             tower.initialise()
             if spec.weights != "path":
@@ -268,7 +257,9 @@ class HybridEncoder(Encoder):
             if spec.path is None:
                 raise ConfigurationError(f"first weights of the {name} tower are wanted, but no path is given", cure=f"set encoder.{name}.path, or encoder.{name}.weights: random")
             tensors = used(tower, read(find_folder(spec.path)), spec.path)
-            fill(tower, self.high.completed(tensors, copy_neck=not self.spec.official) if tower is self.high else tensors, spec.path)
+            if tower is self.high:
+                tensors = self.high.completed(tensors, copy_neck=not self.spec.official)
+            load_tensors(tower, tensors.items(), source=spec.path, what=type(tower).__name__, whole=True)
 
 
 def used(tower: Any, tensors: Iterable[tuple[str, Tensor]], source: str) -> dict[str, Tensor]:
@@ -277,31 +268,12 @@ def used(tower: Any, tensors: Iterable[tuple[str, Tensor]], source: str) -> dict
     found, dropped = {}, []
     for name, tensor in tensors:
         key = tower.weights_key(name)
-        if key is None or (key not in targets and key.startswith(IDLE)):
+        if key is None or (key not in targets and DERIVED.search(key)):
             dropped.append(name)
         elif key in found:
             raise CheckpointError(f"{source} holds a tensor twice", got=f"{key}, once as {name}", cure="give a folder of one model")
         else:
             found[key] = tensor
     if dropped:
-        shown = f"{', '.join(sorted(dropped)[:3])}{', ...' if len(dropped) > 3 else ''}"
-        warnings.warn(f"{source}: {len(dropped)} tensors are never used by the {type(tower).__name__} and were left out ({shown})", stacklevel=2)
+        warnings.warn(f"{source}: {len(dropped)} tensors are never used by the {type(tower).__name__} and were left out ({listed(sorted(dropped))})", stacklevel=2)
     return found
-
-
-def fill(tower: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy tensors into a tower whose parameters are whole, each exactly once. Raises CheckpointError."""
-    targets = tower.state_dict()
-    problems = {
-        "missing": targets.keys() - tensors.keys(),
-        "unexpected": tensors.keys() - targets.keys(),
-        "mis-shaped": {name for name in targets.keys() & tensors.keys() if targets[name].shape != tensors[name].shape},
-    }
-    if any(problems.values()):
-        raise CheckpointError(
-            f"{source} does not fit the {type(tower).__name__}",
-            got="; ".join(f"{len(names)} {kind} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in problems.items() if names),
-            expected=f"{len(targets)} tensors, each once, in their shapes",
-            cure="check that the configuration describes this checkpoint",
-        )
-    tower.load_state_dict(dict(tensors))

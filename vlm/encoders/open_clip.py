@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vlm.encoders import register
-from vlm.encoders.backbone import BackboneEncoder, BackboneSpec, Reader, config_beside, library, part_of_linear
+from vlm.encoders.backbone import BackboneEncoder, BackboneSpec, library, whole_depth
 from vlm.encoders.base import BlockWeights
+from vlm.encoders.beside import config_beside, own_encoder
 from vlm.encoders.prepare import Data
-from vlm.encoders.timm import TimmReader, activation_name, whole_depth
+from vlm.encoders.readers import Reader, TimmReader, activation_name, part_of_linear
 from vlm.errors import ConfigurationError
 
 __all__ = ["OpenCLIPEncoder", "OpenCLIPSpec"]
@@ -52,8 +53,8 @@ class OpenCLIPSpec(BackboneSpec):
 
     def _beside(self) -> tuple[dict[str, Any], dict[str, Any]]:
         ours = config_beside(self.path, "config.json") if self.path is not None else None
-        if ours is not None and ours.get("model_type") == "vlm":
-            return ours["encoder"]["config"], {}
+        if ours is not None and (own := own_encoder(ours)) is not None:
+            return own["config"], {}
         found = config_beside(self.path, "open_clip_config.json") if self.path is not None else None
         if found is None:
             cure = "set encoder.name, encoder.config, or encoder.path to a folder with open_clip_config.json"

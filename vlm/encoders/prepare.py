@@ -6,12 +6,12 @@ from typing import Literal
 
 from PIL import Image
 
-from vlm.errors import DataError
+from vlm.encoders.base import Triple
+from vlm.images import check_made
 
 __all__ = ["Data", "Interpolation", "squared"]
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-_LARGEST_MADE = 2**29  # pixels of an enlarged picture, as in vlm.images
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Data:
     """How a model wants its pictures. crop: the part of the resized edge that stays. fill: colour of borders (fit="pad")."""
 
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Triple
+    std: Triple
     interpolation: Interpolation = "bicubic"
     fit: Literal["crop", "squash", "pad"] = "crop"
     crop: float = 1.0
@@ -34,13 +34,7 @@ def squared(image: Image.Image, data: Data) -> Image.Image:
     """
     edge = math.floor(data.size / data.crop)
     width, height = _scaled(image.size, edge, data.fit)
-    if width * height > _LARGEST_MADE:
-        raise DataError(
-            "the picture is too thin for its length",
-            got=f"{image.width} x {image.height}, to become {width} x {height}",
-            expected=f"at most {_LARGEST_MADE:,} pixels",
-            cure="cut it into pieces, or use `images: squash`",
-        )
+    check_made(image, width, height)
     return _centred(image.resize((width, height), Image.Resampling[data.interpolation.upper()]), data.size, data.fill)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from vlm.encoders import register
-from vlm.encoders.clip import TowerEncoder, TowerSpec
+from vlm.encoders.tower import TowerEncoder, TowerSpec
 
 __all__ = ["SigLIPEncoder", "SigLIPSpec"]
 
@@ -28,18 +28,20 @@ class SigLIPSpec(TowerSpec):
 class SigLIPEncoder(TowerEncoder):
     def __init__(self, spec: SigLIPSpec):
         super().__init__()
-        from transformers import SiglipVisionConfig, SiglipVisionModel
+        from transformers import SiglipVisionModel
 
         self.spec = spec
-        self.tower = SiglipVisionModel(SiglipVisionConfig(**dict(spec.config or {})))
+        self.tower = SiglipVisionModel(spec.whole_config())
 
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.tower.post_layernorm  # type: ignore[return-value]
-
-    def blocks(self) -> nn.ModuleList:
-        return self.tower.encoder.layers  # type: ignore[return-value,union-attr]
+    def weights_key(self, name: str) -> str | None:
+        """A tower built with `vision_use_head: false` has none of the pooling head that released files hold."""
+        if name.removeprefix("vision_model.").startswith("head.") and self._head is None:
+            return None
+        return super().weights_key(name)
 
     def never_read(self) -> list[nn.Parameter]:
-        head: Any = getattr(self.tower, "head", None)
-        return list(head.parameters()) if head is not None else []
+        return list(self._head.parameters()) if self._head is not None else []
+
+    @property
+    def _head(self) -> nn.Module | None:
+        return getattr(self.tower, "head", None)

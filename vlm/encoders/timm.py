@@ -1,20 +1,20 @@
 """Any backbone of timm: vision transformers with all their hidden states, convolutions and pyramids by stage."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlm.encoders import register
-from vlm.encoders.backbone import BackboneEncoder, BackboneSpec, Reader, config_beside, library, part_of_linear
-from vlm.encoders.base import BlockWeights
+from vlm.encoders.backbone import BackboneEncoder, BackboneSpec, library, whole_depth
+from vlm.encoders.beside import config_beside, own_encoder
 from vlm.encoders.prepare import Data
+from vlm.encoders.readers import Reader, TimmReader
 from vlm.errors import ConfigurationError
 
-__all__ = ["TimmEncoder", "TimmReader", "TimmSpec", "activation_name", "whole_depth"]
+__all__ = ["TimmEncoder", "TimmSpec"]
 
 
 @register("timm")
@@ -50,7 +50,8 @@ class TimmSpec(BackboneSpec):
         found = config_beside(self.path, "config.json") if self.path is not None else None
         if found is None:
             raise ConfigurationError("nothing says which model of timm is meant", cure="set encoder.name, encoder.config, or encoder.path to a folder with timm's config.json")
-        return found["encoder"]["config"] if found.get("model_type") == "vlm" else found
+        own = own_encoder(found)
+        return found if own is None else own["config"]
 
     def construct(self) -> nn.Module:
         return self.classifier(0)
@@ -86,72 +87,6 @@ class TimmEncoder(BackboneEncoder):
             with torch.device("meta"):
                 self._with_head = set(self.spec.classifier(1000).state_dict())
         return self._with_head
-
-
-class TimmReader(Reader):
-    """timm's common methods: forward_features, forward_intermediates."""
-
-    def blocks(self) -> Sequence[nn.Module]:
-        found = getattr(self.trunk, "blocks", None)
-        return list(found) if isinstance(found, nn.Sequential | nn.ModuleList) else ()
-
-    def grid(self, pixels: Tensor) -> tuple[int, int]:
-        rows, columns = self.stages(pixels, [0], False)[1][0].shape[2:]
-        return rows, columns
-
-    def final(self, pixels: Tensor) -> Tensor:
-        return self.trunk.forward_features(pixels)
-
-    def stages(self, pixels: Tensor, numbers: Sequence[int] | None, final: bool) -> tuple[Tensor | None, list[Tensor]]:
-        indices = None if numbers is None else list(numbers)
-        if indices == []:
-            return self.trunk.forward_features(pixels), []
-        found = self.trunk.forward_intermediates(pixels, indices=indices, output_fmt="NCHW", intermediates_only=not final, stop_early=not final)
-        return found if final else (None, found)
-
-    def channels_last(self) -> bool:
-        return str(getattr(self.trunk, "output_fmt", "")) == "NHWC"
-
-    def block(self, index: int) -> BlockWeights | None:
-        from timm.layers.attention import Attention
-        from timm.layers.mlp import Mlp
-        from timm.models.vision_transformer import Block
-
-        block: Any = self.blocks()[index]
-        if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
-            return None
-        attention: Any = block.attn
-        mlp: Any = block.mlp
-        norm1, norm2 = block.norm1, block.norm2
-        plain = (block.ls1, block.ls2, attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
-        activation = activation_name(mlp.act)
-        if activation is None or attention.gate is not None or not all(isinstance(one, nn.Identity) for one in plain):
-            return None
-        if not isinstance(norm1, nn.LayerNorm) or not isinstance(norm2, nn.LayerNorm):
-            return None
-        query, key, value = (part_of_linear(attention.qkv.weight, attention.qkv.bias, part) for part in range(3))
-        return BlockWeights(
-            mlp.fc1.in_features, attention.num_heads, mlp.fc1.out_features, activation, norm1.eps,
-            query, key, value, attention.proj, norm1, norm2, mlp.fc1, mlp.fc2,
-        )  # fmt: skip
-
-
-def whole_depth(model: nn.Module) -> nn.Module:
-    """The model without stochastic depth, which some of timm's have by default: two ranks would draw otherwise than one."""
-    from timm.layers.drop import DropPath
-
-    for module in model.modules():
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.0
-    return model
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """Name by which transformers knows an activation module, None for one that it has not."""
-    names = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "SiLU": "silu", "ReLU": "relu"}
-    if isinstance(module, nn.GELU):
-        return "gelu_pytorch_tanh" if module.approximate == "tanh" else "gelu"
-    return "gelu" if type(module).__name__ == "GELU" else names.get(type(module).__name__)
 
 
 def _known(name: str, tag: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """LoRA as stock PEFT has it: adapter_config.json and adapter_model.safetensors, out and in."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.weights.files import find_folder, read_file
+from vlm.folders import new_folder, taken
+from vlm.weights.files import find_folder, read_file, read_json
+from vlm.weights.strict import copy_rows
 
 if TYPE_CHECKING:
     from vlm.llm.lora import LoRASpec
@@ -45,7 +46,7 @@ def read_settings(path: str) -> dict[str, Any]:
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise ConfigurationError(f"{folder} holds no adapter_config.json", cure="give the folder of an adapter that peft saved")
-    written = json.loads(file.read_text(encoding="utf-8"))
+    written = read_json(file)
     if written.get("peft_type") != "LORA":
         raise ConfigurationError(f"the adapter {folder} is no LoRA", got=written.get("peft_type"), expected="LORA")
     plain = asdict(LoraConfig())
@@ -60,7 +61,7 @@ def read_settings(path: str) -> dict[str, Any]:
             expected="A and B of linears and embeddings",
             cure="merge it into its base model with peft, and give the merged folder as path",
         )
-    targets = written.get("target_modules")
+    targets: Any = written.get("target_modules")
     by_name = isinstance(targets, list) and not any(written.get(name) for name in ("layers_to_transform", "exclude_modules"))
     return {
         "rank": int(written["r"]),
@@ -80,18 +81,14 @@ def load_adapter(part: nn.Module, layers: Mapping[str, Any], path: str) -> None:
     wrong: list[str] = []
     seen: set[str] = set()
     for file_name, tensor in _adapter_tensors(find_folder(path)):
-        name = inside(file_name)
+        name = inside(file_name) or file_name
         target = targets.get(name)
         if ".lora_" not in name and _same_base(part, name, tensor):
             continue  # peft writes the base's embeddings along where the head or they carry LoRA
         if target is None:
             wrong.append(f"unexpected {file_name}")
-        elif tensor.shape != target.shape and not _more_rows(name, tensor, target):
+        elif not copy_rows(target, tensor, grow=_has_tokens(name)):
             wrong.append(f"{file_name} {tuple(tensor.shape)} for {tuple(target.shape)}")
-        else:
-            with torch.no_grad():
-                target[: len(tensor)] = tensor.to(target)
-                target[len(tensor) :] = tensor.float().mean(0).to(target)
         seen.add(name)
     wrong += [f"missing {name}" for name in targets if name not in seen]
     if wrong:
@@ -114,8 +111,9 @@ def _same_base(part: nn.Module, name: str, tensor: Tensor) -> bool:
     return isinstance(value, Tensor) and len(tensor) <= len(value) and torch.equal(value[: len(tensor)], tensor.to(value))
 
 
-def _more_rows(name: str, tensor: Tensor, target: Tensor) -> bool:
-    return ".lora_B." in name and tensor.shape[1:] == target.shape[1:] and 0 < len(tensor) < len(target) and name.split(".")[0] in ("lm_head", "embed_out")
+def _has_tokens(name: str) -> bool:
+    """Whether it is the head's B, which has a row per token."""
+    return ".lora_B." in name and name.split(".")[0] in ("lm_head", "embed_out")
 
 
 def _adapter_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -149,13 +147,16 @@ def export_adapters(source: str | Path, out: str | Path | None = None) -> list[s
     from vlm.loading import load
 
     out = Path(out) if out is not None else Path(source) / "export-peft"
-    if out.exists() and any(out.iterdir()):
+    if taken(out):
         raise ConfigurationError(f"{out} holds something already", cure="give another folder as --out, or remove it")
-    return write_adapters(load(source)[0], out)
+    model, _ = load(source)
+    with new_folder(out) as partial:
+        written = write_adapters(model, partial)
+    return [f"{out / name}: {words}" for name, words in written.items()]
 
 
-def write_adapters(model: "VLM", folder: Path) -> list[str]:
-    """One stock adapter per LoRA of the model, in `folder/NAME`; returns what was written, in words.
+def write_adapters(model: "VLM", folder: Path) -> dict[str, str]:
+    """One stock adapter per LoRA of the model, in `folder/NAME`; returns by NAME what was written, in words.
 
     Those of the decoder fit AutoModelForCausalLM, those of a CLIP or SigLIP tower its vision model. Raises ConfigurationError where the model has none, or one of a part that no class of others is.
     """
@@ -165,7 +166,7 @@ def write_adapters(model: "VLM", folder: Path) -> list[str]:
     if not found:
         raise ConfigurationError("this model has no LoRA", got=", ".join(model.spec.adapt) or "no adaptation", cure="nothing is left to export as an adapter once it is merged")
     stock = {name: _stock(model, name, spec) for name, spec in found.items()}
-    return [_write(tensors, paths, base, model, spec, folder / name) for (name, spec), (paths, tensors, base) in zip(found.items(), stock.values(), strict=True)]
+    return {name: _write(tensors, paths, base, spec, folder / name) for (name, spec), (paths, tensors, base) in zip(found.items(), stock.values(), strict=True)}
 
 
 def _stock(model: "VLM", name: str, spec: "LoRASpec") -> tuple[list[str], dict[str, Tensor], nn.Module]:
@@ -190,7 +191,7 @@ def _stock(model: "VLM", name: str, spec: "LoRASpec") -> tuple[list[str], dict[s
     return [path.removeprefix(inner) for path in layers], tensors, base
 
 
-def _write(tensors: Mapping[str, Tensor], paths: list[str], base: nn.Module, model: "VLM", spec: "LoRASpec", folder: Path) -> str:
+def _write(tensors: Mapping[str, Tensor], paths: list[str], base: nn.Module, spec: "LoRASpec", folder: Path) -> str:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -206,7 +207,7 @@ def _write(tensors: Mapping[str, Tensor], paths: list[str], base: nn.Module, mod
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return f"{folder}: {len(tensors)} tensors for {'AutoModelForCausalLM' if spec.part == 'llm' else type(base).__name__}"
+    return f"{len(tensors)} tensors for {'AutoModelForCausalLM' if spec.part == 'llm' else type(base).__name__}"
 
 
 def _short(paths: list[str], base: nn.Module) -> list[str]:

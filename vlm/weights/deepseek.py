@@ -9,7 +9,7 @@ from vlm.config import ModelSpec
 from vlm.encoders.hybrid import HybridSpec
 from vlm.errors import ConfigurationError
 from vlm.weights.deepseek_keys import native_name
-from vlm.weights.llava import DECODERS, chat_template, generation_settings, public_tokenizer, starts_row
+from vlm.weights.public import Row, chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, starts_row
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -29,21 +29,16 @@ class Family:
     def obstacles(self, model: ModelSpec, text_config: Any) -> list[str]:
         """All that keeps a model from being one; empty where nothing does."""
         encoder, connector = model.encoder, model.connector
-        kept = [name for name, spec in model.adapt.items() if not spec.mergeable]  # the others are merged before they are written
         use, projector = ("hybrid", "hybrid_mlp") if self.hybrid else ("siglip", "mlp")
-        found: list[tuple[bool, str, Any, Any]] = [
+        found: list[Row] = [
             (encoder.use != use, "model.encoder", encoder.use, use),
             (connector.use != projector, "model.connector", connector.use, projector),
-            (text_config.model_type not in DECODERS, "model.llm", text_config.model_type, " or ".join(DECODERS)),
-            (bool(kept), "model.adapt", ", ".join(kept), "a decoder without adaptations"),
+            *common_obstacles(model, text_config),
             (model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each"),
             (connector.level != "final", "model.connector.level", connector.level, "final"),
             (connector.then is not None, "model.connector.then", connector.then and connector.then.use, "a single connector"),
+            *(mlp_obstacles(connector, text_config.hidden_size) if connector.use == projector else ()),
         ]
-        if connector.use == projector:
-            depth, hidden, width = cast(Any, connector).depth, cast(Any, connector).hidden, text_config.hidden_size
-            found.append((depth != 2, "model.connector.depth", depth, 2))
-            found.append((hidden not in (None, width), "model.connector.hidden", hidden, f"the decoder's width, {width}"))
         if isinstance(encoder, HybridSpec):
             found += _pair(encoder)
         elif encoder.use == "siglip":
@@ -68,20 +63,11 @@ class Family:
 
         Raises ConfigurationError where a part, the picture policy or the tokenizer cannot be expressed.
         """
-        from huggingface_hub import save_torch_state_dict
-
         if found := self.obstacles(model.spec, model.config.text_config):
             raise ConfigurationError(f"this model cannot be exported as {self.name}: {'; '.join(found)}", cure="export a model of these parts, or load it through vlm")
         if processor.policy != "native":
             raise ConfigurationError(f"{self.name}'s image processor cannot express the picture policy {processor.policy!r}", expected="native")
-        exported = self._processor(processor)
-        folder.mkdir(parents=True, exist_ok=True)
-        tied = set(model._tied_weights_keys or ())
-        tensors = {native_name(name): tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-        save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-        self._config(model).save_pretrained(folder)
-        generation_settings(model, processor).save_pretrained(folder)
-        exported.save_pretrained(folder)
+        save(model, processor, folder, rename=native_name, config=self._config(model), exported=self._processor(processor))
 
     def _config(self, model: "VLM") -> Any:
         from transformers import DeepseekVLConfig, DeepseekVLHybridConfig
@@ -105,7 +91,7 @@ class Family:
         return kind(_image_processor(processor.model.encoder), tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=count)
 
 
-def _pair(encoder: HybridSpec) -> list[tuple[bool, str, Any, Any]]:
+def _pair(encoder: HybridSpec) -> list[Row]:
     """What the class fixes of both towers."""
     low, channels = encoder.low_layout(), encoder.high.numbers()["output_channels"]
     grid, widths = (4 * low.rows, 4 * low.columns), (2 * channels, 4 * channels)

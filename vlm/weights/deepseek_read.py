@@ -12,14 +12,14 @@ from vlm.connectors.base import ConnectorSpec
 from vlm.connectors.hybrid_mlp import HybridMLPSpec
 from vlm.connectors.linear import LinearSpec
 from vlm.connectors.mlp import MLPSpec
-from vlm.encoders.base import EncoderSpec
+from vlm.encoders.base import EncoderSpec, Triple
 from vlm.encoders.hybrid import HybridSpec, SAMSpec
 from vlm.encoders.siglip import SigLIPSpec
-from vlm.errors import CheckpointError, ConfigurationError
+from vlm.errors import CheckpointError, ConfigurationError, listed
 from vlm.prompt import TEMPLATES, PromptSpec
 from vlm.weights.deepseek_keys import model_from_official, native_key, native_name, official_name
-from vlm.weights.files import read_shapes, read_tensors
-from vlm.weights.llava_read import METADATA, Found, flat_text, image_processor, read_json, refuse
+from vlm.weights.files import read_json, read_shapes, read_tensors
+from vlm.weights.found import Found, accepted, flat_text, image_processor, numbers, read_config, refuse, said
 
 __all__ = ["read"]
 
@@ -37,7 +37,6 @@ MIN_SIZE = 14
 HALF = (0.5, 0.5, 0.5)
 HEAD = re.compile(r"model\.vision_model\.(vision_model\.)?head\.")
 """transformers' pooling head, which its DeepSeek-VL never runs."""
-Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +63,8 @@ class DeepSeekFound(Found):
         """With shapes by our names, and a note of what is left out."""
         dropped: list[str] = []
         shapes = dict(self._ours(self.shapes.items(), dropped))
-        shown = f"{', '.join(sorted(dropped)[:3])}{', ...' if len(dropped) > 3 else ''}"
-        notes = (f"{len(dropped)} tensors that are never used were left out ({shown})",) if dropped else ()
+        notes = (f"{len(dropped)} tensors that are never used were left out ({listed(sorted(dropped))})",) if dropped else ()
         return replace(self, shapes=shapes, notes=self.notes + notes)
-
-    def key(self, name: str) -> str:
-        return name
 
     def spelt(self, name: str) -> str:
         return official_name(name) if self.official else native_name(name)
@@ -82,10 +77,7 @@ def read(folder: Path, tower: str | None = None) -> Found:
     """
     if tower is not None:
         raise ConfigurationError("a DeepSeek-VL has its own towers", got=f"tower {tower}", cure="leave it out")
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} holds no config.json", cure="give the folder of a whole checkpoint")
-    config = read_json(file)
+    config = read_config(folder)
     if config.get("model_type") in ("deepseek_vl", "deepseek_vl_hybrid"):
         return _of_transformers(folder, config).counted()
     if {"vision_config", "aligner_config", "language_config"} <= config.keys():
@@ -105,17 +97,13 @@ def _of_program(folder: Path, config: Mapping[str, Any]) -> DeepSeekFound:
     kinds = ("low_high_hybrid_split_mlp_gelu",) if hybrid and params.get("concat_type", "tuple") == "tuple" else ("mlp_gelu", "linear")
     kind = aligner.get("projector_type")
     towers = [params.get("high_res_cfg", {}), params.get("low_res_cfg", {})] if hybrid else [params]
-    problems = [
-        f"{key} is {got!r}, and can be {expected}"
-        for bad, key, got, expected in (
-            (vision.get("cls") not in ("HybridVisionTower", "CLIPVisionTower"), "vision_config.cls", vision.get("cls"), "HybridVisionTower or CLIPVisionTower"),
-            (kind not in kinds, "aligner_config.params.projector_type", kind, " or ".join(kinds)),
-            (out != text.hidden_size, "aligner_config.params.n_embed", out, f"the decoder's width, {text.hidden_size}"),
-            *((one.get("select_feature", "same") != "same", "select_feature", one.get("select_feature"), "same") for one in towers),
-        )
-        if bad
+    rows = [
+        (vision.get("cls") not in ("HybridVisionTower", "CLIPVisionTower"), "vision_config.cls", repr(vision.get("cls")), "HybridVisionTower or CLIPVisionTower"),
+        (kind not in kinds, "aligner_config.params.projector_type", repr(kind), " or ".join(kinds)),
+        (out != text.hidden_size, "aligner_config.params.n_embed", repr(out), f"the decoder's width, {text.hidden_size}"),
+        *((one.get("select_feature", "same") != "same", "select_feature", repr(one.get("select_feature")), "same") for one in towers),
     ]
-    refuse(folder, problems)
+    refuse(folder, rows)
     depth = aligner.get("depth", 1)
     connectors = {"linear": LinearSpec(level="final"), "mlp_gelu": MLPSpec(depth=depth, level="final"), "low_high_hybrid_split_mlp_gelu": HybridMLPSpec(depth=depth)}
     entries = {**CONFIG, **config.get("SAM_MODEL_CONFIG", {}), **config.get("SigLIP_MODEL_CONFIG", {})}
@@ -141,7 +129,7 @@ def _entry(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any]) 
 
 def _sam(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any], interpolate: tuple[int, int] | None) -> SAMSpec:
     entry = _entry(folder, params, entries)
-    numbers = {
+    config = {
         "hidden_size": entry["width"],
         "num_hidden_layers": entry["layers"],
         "num_attention_heads": entry["heads"],
@@ -152,13 +140,13 @@ def _sam(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any], in
         "window_size": 14,
         "global_attn_indexes": list(entry["global_attn_indexes"]),
     }
-    return SAMSpec(config=numbers, downsample_channels=tuple(entry.get("downsample_channels", ())), interpolate=interpolate, **_statistics(params))
+    return SAMSpec(config=config, downsample_channels=tuple(entry.get("downsample_channels", ())), interpolate=interpolate, **_statistics(params))
 
 
 def _siglip(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any]) -> SigLIPSpec:
     entry = _entry(folder, params, entries)
     layers, select = entry["layers"], params.get("select_layer", -1)
-    numbers = {
+    config = {
         "hidden_size": entry["width"],
         "intermediate_size": int(entry["width"] * entry.get("mlp_ratio", 4)),
         "num_hidden_layers": min(layers, layers + select + 1 if select <= 0 else select),
@@ -169,7 +157,7 @@ def _siglip(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any])
         "layer_norm_eps": 1e-6,
         "vision_use_head": False,
     }
-    return SigLIPSpec(config=numbers, **_statistics(params))
+    return SigLIPSpec(config=config, **_statistics(params))
 
 
 def _statistics(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,19 +180,15 @@ def _official_pictures(folder: Path, encoder: EncoderSpec) -> EncoderSpec:
     if plain and written.get("do_normalize", True):
         encoder = replace(encoder, mean=_triple(written.get("image_mean", HALF)), std=_triple(written.get("image_std", HALF)))
     mean, size = getattr(encoder, "mean", HALF), getattr(encoder, "size", None)
-    problems = [
-        f"its image processor's {key} is {written.get(key)!r}, and can be {expected}"
-        for bad, key, expected in (
-            (not plain and bool(written.get("do_normalize", True)), "do_normalize", "false beside towers that normalise"),
-            (plain and not written.get("do_normalize", True), "do_normalize", "true beside a tower that does not normalise"),
-            (_triple(written.get("image_mean") or mean) != mean, "image_mean", f"the tower's {mean}"),
-            (written.get("image_size", size) != size, "image_size", f"the tower's {size}"),
-            (written.get("min_size", MIN_SIZE) != (encoder.min_size if isinstance(encoder, HybridSpec) else MIN_SIZE), "min_size", f"{MIN_SIZE}"),
-            (abs(written.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9, "rescale_factor", "1 / 255"),
-        )
-        if bad
+    rows = [
+        (not plain and bool(written.get("do_normalize", True)), "do_normalize", "false beside towers that normalise"),
+        (plain and not written.get("do_normalize", True), "do_normalize", "true beside a tower that does not normalise"),
+        (_triple(written.get("image_mean") or mean) != mean, "image_mean", f"the tower's {mean}"),
+        (written.get("image_size", size) != size, "image_size", f"the tower's {size}"),
+        (written.get("min_size", MIN_SIZE) != (encoder.min_size if isinstance(encoder, HybridSpec) else MIN_SIZE), "min_size", f"{MIN_SIZE}"),
+        (abs(written.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9, "rescale_factor", "1 / 255"),
     ]
-    refuse(folder, problems)
+    refuse(folder, said(written, rows), "its image processor's ")
     return encoder
 
 
@@ -225,31 +209,23 @@ def _of_transformers(folder: Path, config: Mapping[str, Any]) -> DeepSeekFound:
     from transformers import DeepseekVLConfig, DeepseekVLHybridConfig
 
     hybrid = config["model_type"] == "deepseek_vl_hybrid"
-    try:
-        theirs: Any = (DeepseekVLHybridConfig if hybrid else DeepseekVLConfig)(**config)
-    except Exception as problem:  # transformers' strict configs raise several kinds
-        raise CheckpointError(f"transformers does not accept the config.json of {folder}: {problem}", cure="fetch it again") from problem
+    theirs = accepted(DeepseekVLHybridConfig if hybrid else DeepseekVLConfig, folder, config)
     text, vision = theirs.text_config, theirs.vision_config
     towers = [("vision_config", vision, "siglip_vision_model"), *([("high_res_vision_config", theirs.high_res_vision_config, "sam_vision_model")] if hybrid else [])]
-    problems = [f"{key}.model_type is {one.model_type}, and can be {kind}" for key, one, kind in (("text_config", text, "llama"), *towers) if one.model_type != kind]
-    refuse(folder, problems)
+    refuse(folder, [(one.model_type != kind, f"{key}.model_type", one.model_type, kind) for key, one, kind in (("text_config", text, "llama"), *towers)])
     text.tie_word_embeddings = theirs.tie_word_embeddings
     written = image_processor(folder) or {}
     _check_native_pictures(folder, written, hybrid)
-    low = SigLIPSpec(config=_numbers(vision) | {"vision_use_head": False}, **_native_statistics(written, ""))
+    low = SigLIPSpec(config=numbers(vision.to_diff_dict()) | {"vision_use_head": False}, **_native_statistics(written, ""))
     encoder: EncoderSpec = replace(low, fit="letterbox")
     connector: ConnectorSpec = MLPSpec(level="final")
     if hybrid:
         channels = theirs.high_res_vision_config.output_channels
-        high = SAMSpec(config=_numbers(theirs.high_res_vision_config), downsample_channels=(2 * channels, 4 * channels), **_native_statistics(written, "high_res_"))
+        high = SAMSpec(config=numbers(theirs.high_res_vision_config.to_diff_dict()), downsample_channels=(2 * channels, 4 * channels), **_native_statistics(written, "high_res_"))
         resample: Any = {2: "bilinear", 3: "bicubic"}[written.get("resample", 3)]
         encoder = HybridSpec(high=high, low=low, rounding="round", resample=resample, min_size=written.get("min_size", MIN_SIZE))
         connector = HybridMLPSpec()
     return DeepSeekFound(folder, read_shapes(folder), encoder, connector, text, "native", image_id=theirs.image_token_id, prompt=PromptSpec(use="deepseek_vl"), official=False)
-
-
-def _numbers(config: Any) -> dict[str, Any]:
-    return {key: value for key, value in config.to_diff_dict().items() if key not in METADATA | {"model_type"}}
 
 
 def _native_statistics(written: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -260,16 +236,11 @@ def _native_statistics(written: Mapping[str, Any], prefix: str) -> dict[str, Any
 
 def _check_native_pictures(folder: Path, written: Mapping[str, Any], hybrid: bool) -> None:
     filters = (2, 3) if hybrid else (3,)
-    refuse(
-        folder,
-        [
-            f"its image processor's {key} is {written[key]!r}, and can be {expected}"
-            for key, good, expected in (
-                ("resample", filters, "2 (bilinear) or 3 (bicubic)" if hybrid else "3 (bicubic)"),
-                ("high_res_resample", (3,), "3 (bicubic)"),
-                ("min_size", None if hybrid else (MIN_SIZE,), f"{MIN_SIZE}"),
-                *((name, (True,), "true") for name in ("do_resize", "do_rescale", "do_normalize", "do_pad")),
-            )
-            if good is not None and written.get(key) is not None and written[key] not in good
-        ],
-    )
+    allowed = [
+        ("resample", filters, "2 (bilinear) or 3 (bicubic)" if hybrid else "3 (bicubic)"),
+        ("high_res_resample", (3,), "3 (bicubic)"),
+        *([] if hybrid else [("min_size", (MIN_SIZE,), f"{MIN_SIZE}")]),
+        *((name, (True,), "true") for name in ("do_resize", "do_rescale", "do_normalize", "do_pad")),
+    ]
+    rows = [(written.get(key) is not None and written[key] not in good, key, expected) for key, good, expected in allowed]
+    refuse(folder, said(written, rows), "its image processor's ")

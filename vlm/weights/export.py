@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm.errors import CheckpointError, ConfigurationError, NumericsError
+from vlm.folders import taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +100,7 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
     if to not in families():
         raise ConfigurationError(f"no export is called {to!r}", expected=f"one of {', '.join([*families(), 'peft'])}")
     out = Path(out) if out is not None else Path(source_folder) / f"export-{to}"
-    if out.exists() and any(out.iterdir()) and not (out / REPORT).is_file():
+    if taken(out) and not (out / REPORT).is_file():
         raise ConfigurationError(f"{out} holds something else than an export", cure="give a folder that is new, empty or an earlier export")
     family = families()[to]
     model, processor = load(source_folder)

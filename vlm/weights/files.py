@@ -7,13 +7,14 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, listed
 
-__all__ = ["find_folder", "read_file", "read_shapes", "read_tensors"]
+__all__ = ["find_folder", "read_file", "read_json", "read_shapes", "read_tensors"]
 
 FORMS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 """A checkpoint in one file, or the index of its shards; the first that is there is read. `adapter_model`, `consolidated` and training states beside it are no weights of a model."""
@@ -33,9 +34,15 @@ def find_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError) as problem:
-        raise CheckpointError(
-            f"no weights at {path!r}", got="neither a folder nor a cached hub snapshot", cure="download the repository first, and give its folder as path, or set weights: random"
-        ) from problem
+        raise CheckpointError(f"no weights at {path!r}", got="neither a folder nor a cached hub snapshot", cure="download the repository first, and give its folder") from problem
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file of a folder. Raises CheckpointError."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as problem:
+        raise CheckpointError(f"{file} is damaged: {problem}", cure="fetch it again") from problem
 
 
 # ---- a folder ------------------------------------------------------------------------------------------------------------
@@ -119,7 +126,7 @@ def _shard_tensors(shard: Path, weight_map: dict[str, str], index: str, values: 
     if wanted:
         raise CheckpointError(f"shard {shard.name} of {shard.parent} lacks tensors that {index} places there", got=f"{len(wanted)} missing, such as {min(wanted)}", cure=_AGAIN)
     if forgotten and values:
-        warnings.warn(f"{index} of {shard.parent} does not name {', '.join(forgotten[:3])}{', ...' if len(forgotten) > 3 else ''} of {shard.name}; read all the same", stacklevel=5)
+        warnings.warn(f"{index} of {shard.parent} does not name {listed(forgotten)} of {shard.name}; read all the same", stacklevel=5)
 
 
 # ---- a file --------------------------------------------------------------------------------------------------------------

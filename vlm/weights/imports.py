@@ -1,8 +1,6 @@
 """Import of a model of others: a folder of theirs -> a folder that `vlm.load` opens, every tensor once, dtype and vocabulary kept."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,16 +16,19 @@ from torch import Tensor
 from vlm.config import LLMSpec, ModelSpec
 from vlm.configuration import VLMConfig
 from vlm.errors import CheckpointError, ConfigurationError, VLMError
+from vlm.folders import new_folder, taken
 from vlm.generate import prepare
-from vlm.loading import DERIVED, build, load_tensors, read_generation, tables
+from vlm.loading import build, read_generation, tables
 from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.prompt import TEMPLATES, Prompt, PromptSpec
-from vlm.weights import deepseek_read, llava, llava_read
-from vlm.weights.files import find_folder, read_tensors
+from vlm.weights import deepseek_read, llava_read
+from vlm.weights.files import find_folder, read_json, read_tensors
+from vlm.weights.public import chat_template, starts_row
+from vlm.weights.strict import DERIVED, load_tensors
 
 if TYPE_CHECKING:
     from vlm.model import VLM
-    from vlm.weights.llava_read import Found
+    from vlm.weights.found import Found
 
 __all__ = ["Imported", "choose_prompt", "families", "import_model", "read_model"]
 
@@ -70,7 +71,7 @@ def import_model(path: str, out: str | Path | None = None, family: str = "llava"
         raise ConfigurationError(f"no import is called {family!r}", expected=f"one of {', '.join(families())}")
     source = find_folder(path)
     out = Path(out) if out is not None else Path(f"{Path(path).name}-vlm")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if taken(out):
         raise ConfigurationError(f"{out} exists already", cure="give a folder that is new or empty with --out")
     found = families()[family].read(source, tower)
     spec = ModelSpec(encoder=found.encoder, connector=found.connector, llm=LLMSpec(path=str(source), tokenizer=tokenizer))
@@ -94,16 +95,10 @@ def _tokenizer(spec: ModelSpec) -> Any:
 
 
 def _write(model: "VLM", processor: VLMProcessor, report: Imported) -> None:
-    out = Path(report.folder)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(Path(report.folder)) as partial:
         model.save_pretrained(partial, max_shard_size=SHARD)
         processor.save_pretrained(partial)
         (partial / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------------
@@ -120,7 +115,7 @@ def read_model(found: "Found", image_token_id: int, vocabulary: int = 0) -> "tup
     if text.vocab_size > rows:
         notes.append(f"the vocabulary of {rows:,} rows got {text.vocab_size - rows} more, for the picture token and the tokenizer")
     if found.image_id not in (None, image_token_id):
-        notes.append(f"pictures stand at token {image_token_id} ({llava.PLACEHOLDER}), in the source at {found.image_id}; its embedding is never read")
+        notes.append(f"pictures stand at token {image_token_id}, in the source at {found.image_id}; its embedding is never read")
     dtypes = {tensor.dtype for name, tensor in found.shapes.items() if tensor.is_floating_point() and not DERIVED.search(name)}
     dtype = reduce(torch.promote_types, dtypes)
     if len(dtypes) > 1:
@@ -209,7 +204,7 @@ def _fitting(tokenizer: Any, specs: Sequence[PromptSpec]) -> tuple[list[Prompt],
 def _chat_template(folder: Path, tokenizer: Any) -> str | None:
     """The processor's own where it has one (older folders keep it beside), else the tokenizer's."""
     file = folder / "chat_template.json"
-    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else tokenizer.chat_template
+    found = read_json(file).get("chat_template") if file.is_file() else tokenizer.chat_template
     return found.get("default") if isinstance(found, dict) else found
 
 
@@ -246,13 +241,13 @@ def _rendered(tokenizer: Any, template: str, talk: Sequence[tuple[str, str]], fo
 
 
 def _reads_alike(prompt: Prompt, tokenizer: Any, template: str, talk: Sequence[tuple[str, str]]) -> bool:
-    ours = _rendered(tokenizer, llava.chat_template(prompt), talk)
+    ours = _rendered(tokenizer, chat_template(prompt), talk)
     for form in (_LISTS, _BREAKS, _STRINGS):
         theirs = _rendered(tokenizer, template, talk, form)
         if theirs is None:
             continue
         starts = _starts(theirs, tokenizer)
         text = theirs.removeprefix(tokenizer.bos_token) if starts else theirs
-        if text == ours and (starts or _adds_start(tokenizer)) == llava.starts_row(prompt):
+        if text == ours and (starts or _adds_start(tokenizer)) == starts_row(prompt):
             return True
     return False

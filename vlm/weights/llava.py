@@ -1,24 +1,19 @@
 """LLaVA: the names of its tensors, read and written, and export as transformers' own `LlavaForConditionalGeneration` (llava_read.py reads its folders)."""
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.config import ModelSpec
-from vlm.data.sample import Turn
 from vlm.errors import CheckpointError, ConfigurationError
+from vlm.weights.public import Row, chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, starts_row
 
 if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
-    from vlm.prompt import Prompt
 
-__all__ = [
-    "DECODERS", "KEYS", "PLACEHOLDER", "TOWERS", "Obstacle", "as_written", "chat_template", "from_llava", "generation_settings", "obstacles", "projector_key",
-    "public_tokenizer", "row_of", "starts_row", "supports", "to_llava", "write",
-]  # fmt: skip
+__all__ = ["KEYS", "TOWERS", "Obstacle", "as_written", "from_llava", "obstacles", "projector_key", "row_of", "supports", "to_llava", "write"]
 
 KEYS = (
     ("encoder.tower.", "vision_tower.vision_model."),
@@ -50,11 +45,6 @@ PROJECTORS = ("base_model.model.model.mm_projector.", "model.mm_projector.", "mm
 
 TOWERS = {"clip": "default", "siglip": "full"}
 """Encoder -> `vision_feature_select_strategy`: "default" drops the class token, "full" keeps every token."""
-
-DECODERS = ("llama", "mistral", "qwen2")
-"""Decoder families (`model_type`) that go both ways. LlavaForConditionalGeneration has a plain linear head without bias: a family that scales or caps its logits cannot join."""
-
-PLACEHOLDER = "<image>"
 
 
 def to_llava(name: str) -> str:
@@ -101,23 +91,15 @@ class Obstacle:
 def obstacles(model: ModelSpec, text_config: Any) -> list[Obstacle]:
     """All that keeps a model from being a LlavaForConditionalGeneration; empty where nothing does."""
     encoder, connector = model.encoder, model.connector
-    kept = [name for name, spec in model.adapt.items() if not spec.mergeable]  # the others are merged before they are written
-    found = [
+    found: list[Row] = [
         (encoder.use not in TOWERS, "model.encoder", encoder.use, " or ".join(TOWERS)),
-        (text_config.model_type not in DECODERS, "model.llm", text_config.model_type, " or ".join(DECODERS)),
-        (bool(kept), "model.adapt", ", ".join(kept), "a decoder without adaptations"),
+        *common_obstacles(model, text_config),
         (model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each (tiles are LLaVA-NeXT's)"),
         (not isinstance(connector.level, int), "model.connector.level", connector.level, "a numbered hidden state, such as -2"),
+        (connector.use != "mlp", "model.connector", connector.use, "mlp with depth 2"),
+        *(mlp_obstacles(connector, text_config.hidden_size) if connector.use == "mlp" else ()),
+        (connector.then is not None, "model.connector.then", connector.then and connector.then.use, "a single connector"),
     ]
-    if connector.use != "mlp":
-        found.append((True, "model.connector", connector.use, "mlp with depth 2"))
-    else:
-        depth, hidden = connector.depth, connector.hidden  # type: ignore[attr-defined]
-        width = text_config.hidden_size
-        found.append((depth != 2, "model.connector.depth", depth, "2"))
-        found.append((hidden not in (None, width), "model.connector.hidden", hidden, f"the decoder's width, {width}"))
-    if connector.then is not None:
-        found.append((True, "model.connector.then", connector.then.use, "a single connector"))
     return [Obstacle(part, str(got), expected) for bad, part, got, expected in found if bad]
 
 
@@ -139,21 +121,12 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
 
     Raises ConfigurationError where a part, the picture policy or the tokenizer cannot be expressed.
     """
-    from huggingface_hub import save_torch_state_dict
-
     if found := obstacles(model.spec, model.config.text_config):
         raise ConfigurationError(
             f"this model cannot be exported as LLaVA: {'; '.join(map(str, found))}", cure="export a model of these parts, or load it through vlm or the Auto classes"
         )
     assert not model.spec.adapt, "merge_lora comes first"
-    exported = _processor(processor)
-    folder.mkdir(parents=True, exist_ok=True)
-    tied = set(model._tied_weights_keys or ())
-    tensors = {to_llava(name): tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-    _config(model).save_pretrained(folder)
-    generation_settings(model, processor).save_pretrained(folder)
-    exported.save_pretrained(folder)
+    save(model, processor, folder, rename=to_llava, config=_config(model), exported=_processor(processor))
 
 
 def _config(model: "VLM") -> Any:
@@ -174,16 +147,6 @@ def _config(model: "VLM") -> Any:
         architectures=["LlavaForConditionalGeneration"],
         dtype=model.dtype,
     )
-
-
-def generation_settings(model: "VLM", processor: "VLMProcessor") -> Any:
-    """The model's own settings, with how an answer ends and what is never said."""
-    from vlm.generate import prepare
-
-    prepare(model, processor)
-    config: Any = copy.deepcopy(model.generation_config)
-    config.bos_token_id = processor.tokenizer.bos_token_id
-    return config
 
 
 # ---- processor -----------------------------------------------------------------------------------------------------------
@@ -228,105 +191,3 @@ def _image_processor(processor: "VLMProcessor") -> Any:
     if processor.policy == "pad":
         return LlavaImageProcessorPil(do_pad=True, **settings)
     return CLIPImageProcessorPil(**settings) if shape == "crop" else SiglipImageProcessorPil(**settings)
-
-
-def public_tokenizer(tokenizer: Any, starts: bool, **names: str) -> Any:
-    """A tokenizer that reads a rendered conversation as training does: it puts the start token in front where the prompt has one, and no word mark behind a control token.
-
-    names: more special tokens, such as `image_token`.
-    """
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ConfigurationError(
-            f"a {type(tokenizer).__name__} cannot be written as tokenizer.json",
-            expected="a tokenizer of the tokenizers library",
-            cure="convert it, and train with the converted one",
-        )
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["post_processor"] = _start_token(tokenizer) if starts else None
-    content["truncation"] = content["padding"] = None
-    _mark_first_word_only(content)
-    names |= {name: str(value) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := getattr(tokenizer, name)) is not None}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)), clean_up_tokenization_spaces=False, padding_side="left", model_max_length=tokenizer.model_max_length, **names
-    )
-
-
-def _start_token(tokenizer: Any) -> dict[str, Any]:
-    """The step of the tokenizers library that writes the start token."""
-    token, first = str(tokenizer.bos_token), {"id": "A", "type_id": 0}
-    start = {"SpecialToken": {"id": token, "type_id": 0}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [start, {"Sequence": first}],
-        "pair": [start, {"Sequence": first}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {token: {"id": token, "ids": [tokenizer.bos_token_id], "tokens": [token]}},
-    }
-
-
-def starts_row(prompt: "Prompt") -> bool:
-    """Whether rows of this prompt begin with the start token. The exported tokenizer writes it, so that what follows has the word mark of a text's beginning, as in training."""
-    encoded = prompt.encode((Turn("user", ("q",)), Turn("assistant", ("a",), supervised=True)))
-    return prompt.tokenizer.bos_token_id is not None and encoded.ids[0] == prompt.tokenizer.bos_token_id
-
-
-def _mark_first_word_only(content: dict[str, Any]) -> None:
-    """SentencePiece-like tokenizers that put a mark in front of every piece do so at the very beginning only."""
-    steps = content["normalizer"]["normalizers"] if (content["normalizer"] or {}).get("type") == "Sequence" else []
-    if content["pre_tokenizer"] is None and any(step["type"] == "Prepend" for step in steps):
-        kept = [step for step in steps if step["type"] != "Prepend" and not (step["type"] == "Replace" and step["content"] == "▁")]
-        content["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
-        content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    elif content["pre_tokenizer"] is not None and content["pre_tokenizer"].get("prepend_scheme") == "always":
-        content["pre_tokenizer"]["prepend_scheme"] = "first"
-
-
-_FLATTEN = r"""{%- set exported = namespace(turns=[], has_system=false) -%}
-{%- for m in messages -%}
-{%- set part = namespace(text='') -%}
-{%- if m['content'] is string or m['content'] is not iterable -%}{%- set part.text = m['content'] -%}
-{%- else -%}{%- for one in m['content'] -%}{%- set part.text = part.text + ('<image>' if one['type'] == 'image' else one['text']) -%}{%- endfor -%}{%- endif -%}
-{%- set exported.turns = exported.turns + [dict(m, content=part.text)] -%}
-{%- if m['role'] == 'system' -%}{%- set exported.has_system = true -%}{%- endif -%}
-{%- endfor -%}
-"""
-_SYSTEM = r"""{%- if not exported.has_system -%}{%- set exported.turns = [{'role': 'system', 'content': SYSTEM}] + exported.turns -%}{%- endif -%}
-"""
-_FOLD = r"""{%- set held = namespace(turns=[], system='') -%}
-{%- for m in exported.turns if m['role'] == 'system' -%}{%- set held.system = held.system + m['content'] -%}{%- endfor -%}
-{%- for m in exported.turns if m['role'] != 'system' -%}
-{%- if m['role'] == 'user' and held.system -%}
-{%- set held.turns = held.turns + [dict(m, content=held.system + '\n\n' + m['content'])] -%}{%- set held.system = '' -%}
-{%- else -%}{%- set held.turns = held.turns + [m] -%}{%- endif -%}
-{%- endfor -%}
-{%- set exported.turns = held.turns -%}
-"""
-_PICTURES_ONLY = r"""{%- set held = namespace(turns=[]) -%}
-{%- for m in exported.turns if m['role'] != 'system' -%}
-{%- set held.turns = held.turns + [dict(m, content='<image>' * (m['content'].split('<image>') | length - 1)) if m['role'] == 'user' else m] -%}
-{%- endfor -%}
-{%- set exported.turns = held.turns -%}
-"""
-_NO_DATE = "{%- macro strftime_now(form) -%}{%- endmacro -%}\n"
-
-
-def chat_template(prompt: "Prompt", placeholder: str = PLACEHOLDER) -> str:
-    """The prompt's own Jinja text behind a preamble: content lists become strings ({"type": "image"} becomes the placeholder), and the system text is treated as in training."""
-    template, spec = prompt.template, prompt.spec
-    system = template.system if spec.system is None else spec.system
-    preamble = _FLATTEN.replace(PLACEHOLDER, placeholder)
-    if template.pictures_only:
-        preamble += _PICTURES_ONLY.replace(PLACEHOLDER, placeholder)
-    else:
-        if spec.fold_system == "fold" and not prompt.keeps_system:
-            preamble += _FOLD
-        if system:
-            preamble += _SYSTEM.replace("SYSTEM", json.dumps(system, ensure_ascii=False))  # JSON's escapes are Jinja's
-    if starts_row(prompt):
-        preamble += "{%- set bos_token = '' -%}\n"
-    if "strftime_now" in template.chat:
-        preamble += _NO_DATE  # training shows no date
-    # The line break behind the last tag is eaten by trim_blocks, under which transformers and we render.
-    return preamble + "{%- set messages = exported.turns %}\n" + template.chat

@@ -1,8 +1,7 @@
 """A LLaVA folder as others wrote it -> our parts: config.json of transformers' own class or of LLaVA's own program, geometry from tensor shapes, picture settings."""
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
 from pathlib import Path
@@ -12,55 +11,31 @@ from torch import Tensor
 
 from vlm import connectors, encoders
 from vlm.composition import from_plain
-from vlm.connectors.base import ConnectorSpec
-from vlm.encoders.base import EncoderSpec, FixedSizeSpec
+from vlm.encoders.base import FixedSizeSpec
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.llm.decoder import decoder_config
-from vlm.prompt import PromptSpec
-from vlm.weights.files import find_folder, read_shapes, read_tensors
-from vlm.weights.llava import DECODERS, KEYS, TOWERS, from_llava, row_of
+from vlm.weights.files import find_folder, read_json, read_shapes
+from vlm.weights.found import Found, accepted, flat_text, image_processor, numbers, read_config, refuse, said
+from vlm.weights.llava import KEYS, TOWERS, from_llava, row_of
+from vlm.weights.public import DECODERS
 
-__all__ = ["METADATA", "Found", "flat_text", "image_processor", "read", "read_json", "refuse"]
+__all__ = ["read"]
 
 FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 """`model_type` of LLaVA's own program -> decoder family."""
 VISION = {"clip_vision_model": "clip", "clip": "clip", "siglip_vision_model": "siglip", "siglip": "siglip"}
 """`model_type` of a tower's config.json -> encoder."""
-METADATA = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map"}
-"""What a config.json says of files and programs, not of the model."""
 HEAD_WIDTH = 64
 """Width of one attention head in every released CLIP tower. Shapes do not tell it."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A folder of others in our terms.
-
-    shapes: name in the file -> tensor on the meta device. text: the decoder's transformers config. policy: what happens to pictures first. tower: the folder whose tensors are the tower's
-    where the file has none. image_id: the picture token's id, where the folder says one. prompt: the one in which the model was trained, where that is known. notes: what has to be said.
-    """
-
-    folder: Path
-    shapes: Mapping[str, Tensor]
-    encoder: EncoderSpec
-    connector: ConnectorSpec
-    text: Any
-    policy: str
-    tower: Path | None = None
-    image_id: int | None = None
-    prompt: PromptSpec | None = None
-    notes: tuple[str, ...] = ()
-
-    def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """All tensors of the folder; `key` says what a name is here."""
-        return read_tensors(self.folder)
+class LLaVAFound(Found):
+    """Names are spelt in the rows of KEYS that this file uses."""
 
     def key(self, name: str) -> str:
-        """Name in the file -> name in VLM; what has none there comes back as it is."""
         return from_llava(name)
 
     def spelt(self, name: str) -> str:
-        """Name in VLM -> as this file spells it, for messages."""
         rows = [row for row in KEYS if name.startswith(row[0])]
         used = {row_of(one) for one in self.shapes}
         ours, theirs = next((row for row in rows if row in used), rows[0] if rows else ("", ""))
@@ -75,10 +50,7 @@ def read(folder: Path, tower: str | None = None) -> Found:
 
     Raises CheckpointError: no LLaVA, or a part is nowhere. ConfigurationError naming everything that our parts cannot express.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} holds no config.json", cure="give the folder of a whole checkpoint")
-    config = read_json(file)
+    config = read_config(folder)
     shapes = read_shapes(folder)
     inside = {ours: tensor for name, tensor in shapes.items() if (ours := from_llava(name)).startswith("encoder.")}
     if "text_config" in config and config.get("model_type") == "llava":
@@ -90,58 +62,39 @@ def read(folder: Path, tower: str | None = None) -> Found:
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A file of a folder. Raises CheckpointError."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as problem:
-        raise CheckpointError(f"{file} is damaged: {problem}", cure="fetch it again") from problem
-
-
-def refuse(folder: Path, problems: list[str]) -> None:
-    """Raises ConfigurationError with all problems, if there are any."""
-    if problems:
-        raise ConfigurationError(f"{folder} cannot be imported: {'; '.join(problems)}", cure="import a checkpoint of these parts")
-
-
 # ---- transformers' own class -----------------------------------------------------------------------------------------------
 
 
 def _of_transformers(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Tensor], inside: bool, tower: str | None) -> Found:
     from transformers import LlavaConfig
 
-    try:
-        theirs: Any = LlavaConfig(**config)
-    except Exception as problem:  # transformers' strict configs raise several kinds
-        raise CheckpointError(f"transformers does not accept the config.json of {folder}: {problem}", cure="fetch it again") from problem
+    theirs = accepted(LlavaConfig, folder, config)
     text, vision, level = theirs.text_config, theirs.vision_config, theirs.vision_feature_layer
     use = VISION.get(vision.model_type, str(vision.model_type))
-    problems = [
-        f"{key} is {got}, and can be {expected}"
-        for bad, key, got, expected in (
+    refuse(
+        folder,
+        [
             (text.model_type not in DECODERS, "text_config.model_type", text.model_type, " or ".join(DECODERS)),
             (use not in TOWERS, "vision_config.model_type", use, " or ".join(f"{name}_vision_model" for name in TOWERS)),
             (not isinstance(level, int), "vision_feature_layer", level, "one number"),
             (use in TOWERS and theirs.vision_feature_select_strategy != TOWERS[use], "vision_feature_select_strategy", theirs.vision_feature_select_strategy, TOWERS.get(str(use))),
             (theirs.projector_hidden_act != "gelu", "projector_hidden_act", theirs.projector_hidden_act, "gelu"),
             (not theirs.multimodal_projector_bias, "multimodal_projector_bias", theirs.multimodal_projector_bias, "true"),
-        )
-        if bad
-    ]
-    refuse(folder, problems)
+        ],
+    )
     if inside and tower is not None:
         raise ConfigurationError(f"{folder} has its own tower with its numbers", got=f"tower {tower}", cure="leave it out")
     if not inside and tower is None:
         raise _no_tower(folder, None)
-    encoder = _encoder(use, {key: value for key, value in vision.to_diff_dict().items() if key not in METADATA | {"model_type"}})
+    encoder = _encoder(use, numbers(vision.to_diff_dict()))
     encoder, policy = _pictures(folder, encoder)
     text.tie_word_embeddings = theirs.tie_word_embeddings
     connector = from_plain(connectors.registry, {"use": "mlp", "level": level})
-    return Found(folder, shapes, encoder, connector, text, policy, find_folder(tower) if tower else None, theirs.image_token_id)
+    return LLaVAFound(folder, shapes, encoder, connector, text, policy, find_folder(tower) if tower else None, theirs.image_token_id)
 
 
-def _encoder(use: str, numbers: Mapping[str, Any]) -> FixedSizeSpec:
-    return from_plain(encoders.registry, {"use": use, "config": dict(numbers)})
+def _encoder(use: str, config: dict[str, Any]) -> FixedSizeSpec:
+    return from_plain(encoders.registry, {"use": use, "config": config})
 
 
 # ---- LLaVA's own program -------------------------------------------------------------------------------------------------
@@ -150,31 +103,19 @@ def _encoder(use: str, numbers: Mapping[str, Any]) -> FixedSizeSpec:
 def _of_program(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Tensor], inside: Mapping[str, Tensor], tower: str | None) -> Found:
     kind, level = str(config.get("mm_projector_type", "linear")), config.get("mm_vision_select_layer")
     depth = re.fullmatch(r"mlp(\d+)x_gelu", kind)
-    problems = [
-        f"{key} is {config.get(key)!r}, and can be {expected}"
-        for key, bad, expected in (
-            ("mm_projector_type", kind != "linear" and not depth, "linear or mlp2x_gelu"),
-            ("mm_vision_select_layer", not isinstance(level, int), "a number, such as -2"),
-            ("mm_vision_select_feature", config.get("mm_vision_select_feature", "patch") != "patch", "patch"),
-            ("mm_use_im_start_end", bool(config.get("mm_use_im_start_end")), "false: no prompt here writes marks around pictures"),
-            ("mm_patch_merge_type", config.get("mm_patch_merge_type", "flat") != "flat", "flat"),
-            ("image_aspect_ratio", config.get("image_aspect_ratio") not in (None, "square", "pad"), "pad or square (pictures in tiles are of later models)"),
-        )
-        if bad
+    rows = [
+        (kind != "linear" and not depth, "mm_projector_type", "linear or mlp2x_gelu"),
+        (not isinstance(level, int), "mm_vision_select_layer", "a number, such as -2"),
+        (config.get("mm_vision_select_feature", "patch") != "patch", "mm_vision_select_feature", "patch"),
+        (bool(config.get("mm_use_im_start_end")), "mm_use_im_start_end", "false: no prompt here writes marks around pictures"),
+        (config.get("mm_patch_merge_type", "flat") != "flat", "mm_patch_merge_type", "flat"),
+        (config.get("image_aspect_ratio") not in (None, "square", "pad"), "image_aspect_ratio", "pad or square (pictures in tiles are of later models)"),
     ]
-    refuse(folder, problems)
+    refuse(folder, said(config, rows))
     encoder, place = _tower(folder, config.get("mm_vision_tower"), inside, tower)
     connector = from_plain(connectors.registry, {"use": "mlp", "depth": int(depth[1]), "level": level} if depth else {"use": "linear", "level": level})
     policy = "pad" if config.get("image_aspect_ratio") == "pad" else "native"
-    return Found(folder, shapes, encoder, connector, flat_text(FAMILIES[config["model_type"]], config), policy, place)
-
-
-def flat_text(family: str, config: Mapping[str, Any]) -> Any:
-    """The decoder's config from the flat one, without what LLaVA added to it."""
-    from transformers import AutoConfig
-
-    known = {*AutoConfig.for_model(family).to_dict(), "rope_theta", "rope_scaling"} - METADATA
-    return decoder_config({key: value for key, value in config.items() if key in known} | {"model_type": family})
+    return LLaVAFound(folder, shapes, encoder, connector, flat_text(FAMILIES[config["model_type"]], config), policy, place)
 
 
 def _tower(folder: Path, named: str | None, inside: Mapping[str, Tensor], asked: str | None) -> tuple[FixedSizeSpec, Path | None]:
@@ -192,10 +133,10 @@ def _tower(folder: Path, named: str | None, inside: Mapping[str, Tensor], asked:
     if not file.is_file():
         raise CheckpointError(f"{found} holds no config.json with the tower's numbers", cure="give the folder of a whole tower")
     config = read_json(file)
-    numbers = config.get("vision_config", config)
-    if (kind := numbers.get("model_type", config.get("model_type"))) not in ("clip", "clip_vision_model"):
+    vision = config.get("vision_config", config)
+    if (kind := vision.get("model_type", config.get("model_type"))) not in ("clip", "clip_vision_model"):
         raise ConfigurationError(f"{folder} cannot be imported with the tower {place}", got=kind, expected="a CLIP tower, as LLaVA-1.5's own program has it")
-    return _encoder("clip", {key: value for key, value in numbers.items() if key not in METADATA | {"model_type"}}), None if inside else found
+    return _encoder("clip", numbers(vision)), None if inside else found
 
 
 def _no_tower(folder: Path, named: str | None) -> CheckpointError:
@@ -251,27 +192,12 @@ def _pictures(folder: Path, encoder: FixedSizeSpec) -> tuple[FixedSizeSpec, str]
     crops = {crop} if isinstance(crop, int) else set(crop.values())
     cut = bool(written.get("do_center_crop", clip))
     whole = {sides["shortest_edge"]} | crops if cut else {sides["height"], sides["width"]}
-    problems = [
-        f"{key} is {written.get(key)!r}, and can be {expected}"
-        for key, bad, expected in (
-            ("size", whole != {encoder.size}, f"a square of the tower's {encoder.size} pixels"),
-            ("resample", written.get("resample", 3) != 3, "3 (bicubic)"),
-            ("rescale_factor", abs(written.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9, "1 / 255"),
-            *((key, not written.get(key, True), "true") for key in ("do_resize", "do_rescale", "do_normalize")),
-        )
-        if bad
+    rows = [
+        (whole != {encoder.size}, "size", f"a square of the tower's {encoder.size} pixels"),
+        (written.get("resample", 3) != 3, "resample", "3 (bicubic)"),
+        (abs(written.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9, "rescale_factor", "1 / 255"),
+        *((not written.get(key, True), key, "true") for key in ("do_resize", "do_rescale", "do_normalize")),
     ]
-    refuse(folder, [f"its image processor's {problem}" for problem in problems])
+    refuse(folder, said(written, rows), "its image processor's ")
     mean, std = (tuple(float(value) for value in written.get(key, default)) for key, default in (("image_mean", encoder.mean), ("image_std", encoder.std)))
     return replace(encoder, mean=mean, std=std, fit="crop" if cut else "squash"), "pad" if written.get("do_pad") else "native"  # type: ignore[arg-type]
-
-
-def image_processor(folder: Path) -> Mapping[str, Any] | None:
-    """Its settings: in a file of their own, or in the processor's (transformers 5)."""
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        if (folder / name).is_file():
-            content = read_json(folder / name)
-            found = content.get(key) if key else content
-            if found:
-                return found
-    return None

@@ -1,6 +1,5 @@
 """LoRA into the weights: a merged model has no adapter, computes the same, and is what other formats can hold."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from vlm.errors import ConfigurationError, NumericsError
+from vlm.folders import new_folder, taken
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -85,16 +85,13 @@ def merge_run(source: str | Path, out: str | Path | None = None) -> tuple[Path, 
     from vlm.loading import load
 
     out = Path(out) if out is not None else Path(source) / "merged"
-    if out.exists() and any(out.iterdir()):
+    if taken(out):
         raise ConfigurationError(f"{out} holds something already", cure="give another folder as --out, or remove it")
     model, processor = load(source)
     done = merge_lora(model)
     if not done.names:
         raise ConfigurationError(f"{source} has no LoRA", got=", ".join(model.spec.adapt) or "no adaptation", cure="there is nothing to merge")
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with new_folder(out) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
     return out, done
