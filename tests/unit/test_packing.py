@@ -56,6 +56,12 @@ def test_ranks_share_text_and_pictures(seed: int) -> None:
         assert max(per_rank) <= 1.15 * sum(per_rank) / 4
 
 
+def test_rows_of_pictures_are_dealt_to_all_ranks() -> None:
+    """Four full rows, two of them of pictures."""
+    vision = [9, 9, 0, 0]
+    assert [sum(vision[document] for row in rows for document in row) for rows in pack_rows([10] * 4, vision, 10, 2)] == [9, 9]
+
+
 def test_a_document_longer_than_a_row_is_an_error() -> None:
     with pytest.raises(DataError, match="got 11 tokens; expected at most pack 10"):
         pack_rows([3, 11], [0, 0], 10, 1)
