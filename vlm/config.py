@@ -52,7 +52,8 @@ def links(encoder: EncoderSpec, connector: ConnectorSpec, width: int) -> list[tu
     while spec is not None:
         link = Link(widths, levels, width if spec.then is None else None)
         chain.append((spec, link))
-        widths, levels = {"image": spec.width(link)}, {"image": 0}
+        widths = spec.widths(link)
+        levels = dict.fromkeys(widths, 0)
         spec = spec.then
     return chain
 
@@ -67,7 +68,7 @@ def whole_layout(encoder: EncoderSpec, chain: Sequence[tuple[ConnectorSpec, Link
     """Tokens behind the chain of connectors of a picture that is read whole. size: width and height."""
     layouts = encoder.layout(*size, mode)
     for spec, _ in chain:
-        layouts = {"image": spec.layout(layouts)}
+        layouts = spec.layouts(layouts)
     return next(iter(layouts.values()))
 
 

@@ -17,6 +17,7 @@ from vlm.connectors.hybrid_mlp import HybridMLPSpec
 from vlm.connectors.identity import IdentitySpec
 from vlm.connectors.linear import LinearSpec
 from vlm.connectors.mlp import MLPSpec
+from vlm.connectors.qladder import QLadderSpec
 from vlm.encoders.base import Encoder, EncoderSpec
 from vlm.encoders.clip import CLIPSpec
 from vlm.encoders.hybrid import HybridSpec
@@ -25,7 +26,7 @@ from vlm.errors import ConfigurationError
 from vlm.features import Features, ImageInput, TokenLayout
 from vlm.loading import first_model
 
-ARGUMENTS: dict[str, dict[str, Any]] = {"linear": {}, "mlp": {}, "identity": {}, "hybrid_mlp": {}}
+ARGUMENTS: dict[str, dict[str, Any]] = {"linear": {}, "mlp": {}, "identity": {}, "hybrid_mlp": {}, "qladder": {"queries": 5, "then": MLPSpec()}}
 """What a registered connector needs; one that is not listed is built with its defaults."""
 CHAINS: dict[str, ConnectorSpec] = {
     "linear, mlp": LinearSpec(hidden=20, then=MLPSpec()),
@@ -35,6 +36,9 @@ CHAINS: dict[str, ConnectorSpec] = {
     "mlp of 4": MLPSpec(depth=4, hidden=40, level=0),
     "identity, mlp": IdentitySpec(then=MLPSpec()),
     "mlp, identity": MLPSpec(hidden=32, then=IdentitySpec()),
+    "qladder of all layers, mlp": QLadderSpec(queries=1, all_layers=True, level=-3, then=MLPSpec()),
+    "qladder, last": QLadderSpec(queries=3, select="last", level="final", then=LinearSpec()),
+    "qladder, hybrid_mlp": QLadderSpec(queries=3, then=HybridMLPSpec()),
     "hybrid_mlp of 1": HybridMLPSpec(depth=1, level=-2),
     "hybrid_mlp of 3, linear": HybridMLPSpec(depth=3, hidden=20, then=LinearSpec()),
 }
@@ -98,9 +102,10 @@ def features_of(chain: Chain, tower: tuple[EncoderSpec, Encoder], sizes: list[tu
     for index, size in enumerate(sizes):
         layouts = encoder.layout(*size, "infer")
         for part, _ in chain.links:
-            layouts = {"image": part.layout(layouts)}
-        expected.append(layouts["image"])
-        images.append(ImageInput(encoder.preprocess(tiny.picture(seed=index, size=size), "infer"), *size, layouts["image"]))
+            layouts = part.layouts(layouts)
+        (layout,) = layouts.values()
+        expected.append(layout)
+        images.append(ImageInput(encoder.preprocess(tiny.picture(seed=index, size=size), "infer"), *size, layout))
     with torch.no_grad():
         return tower[1](images, chain.reads), expected
 
@@ -171,9 +176,9 @@ def test_a_spec_is_frozen_and_travels_to_workers(spec: ConnectorSpec) -> None:
         spec.level = 7  # type: ignore[misc]
 
 
-def test_it_builds_without_memory(spec: ConnectorSpec, tower: tuple[EncoderSpec, Encoder], chain: Chain) -> None:
+def test_it_builds_without_memory(tower: tuple[EncoderSpec, Encoder], chain: Chain) -> None:
     with torch.device("meta"):
-        empty = Chain(spec, tower[0])
+        empty = Chain(chain.links[0][0], tower[0])
     assert all(parameter.is_meta for parameter in empty.parameters())
     assert {name: tensor.shape for name, tensor in empty.state_dict().items()} == {name: tensor.shape for name, tensor in chain.state_dict().items()}
 

@@ -29,7 +29,7 @@ class Connector(nn.Module):
     """What `ConnectorSpec.build` returns."""
 
     def forward(self, features: Features) -> Features:
-        """Features of the encoder or of the link before -> one stream of one level, packed (N, D)."""
+        """Features of the encoder or of the link before -> streams of the one level OUT, packed (N, D); the last link gives one."""
         raise NotImplementedError
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -74,10 +74,18 @@ class ConnectorSpec:
         """Width of the tokens that come out."""
         raise NotImplementedError
 
+    def widths(self, link: Link) -> Mapping[str, int]:
+        """Width by stream, for one that hands several on."""
+        return {"image": self.width(link)}
+
     def layout(self, layouts: Layouts) -> TokenLayout:
         """Tokens of a picture after this connector; the default drops the summary tokens."""
         layout = layouts[self.stream] if self.stream else next(iter(layouts.values()))
         return layout.without(SUMMARY)
+
+    def layouts(self, layouts: Layouts) -> Layouts:
+        """The same by stream, for one that hands several on."""
+        return {"image": self.layout(layouts)}
 
     def build(self, encoder: Any, link: Link) -> Connector:
         """The module: structure only. encoder: the encoder's Spec."""

@@ -9,7 +9,7 @@ from torch import nn
 from vlm.connectors import register
 from vlm.connectors.base import Connector, ConnectorSpec, Link
 from vlm.errors import ConfigurationError
-from vlm.features import SUMMARY, Features, Layouts, Level, TokenLayout
+from vlm.features import OUT, SUMMARY, Features, Layouts, Level, TokenLayout
 
 __all__ = ["HybridMLPSpec"]
 
@@ -43,7 +43,8 @@ class HybridMLPSpec(ConnectorSpec):
                 expected=f"{self.high} and {self.low}",
                 cure="use an encoder with two streams",
             )
-        return {name: (self.level if link.levels[name] else 0,) for name in (self.high, self.low)}
+        behind = not any(link.levels.values())
+        return {name: (OUT if behind else self.level if link.levels[name] else 0,) for name in (self.high, self.low)}
 
     def width(self, link: Link) -> int:
         width = self.projected(link, self.hidden)

@@ -1,9 +1,7 @@
 """What the encoders of foreign libraries share (open_clip, timm): shapes surveyed without weights, hidden states read through one call, pictures prepared as the model's own data config says."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -19,6 +17,7 @@ from vlm.encoders.prepare import Data, Interpolation, squared
 from vlm.encoders.readers import Reader
 from vlm.errors import ConfigurationError, EnvironmentProblem
 from vlm.features import PATCH, SUMMARY, Features, ImageInput, Layouts, Level, Stream, TokenLayout
+from vlm.hollow import hollow, whole
 
 __all__ = ["BackboneEncoder", "BackboneSpec", "StreamShape", "library", "whole_depth"]
 
@@ -126,7 +125,7 @@ class BackboneEncoder(Encoder):
     def __init__(self, spec: BackboneSpec):
         super().__init__()
         self.spec = spec
-        with _whole() as partition:
+        with whole() as partition:
             self.tower = spec.construct()
         self.reader = self.read_by()
         self.reader.trunk.forward = self._read
@@ -239,7 +238,7 @@ class BackboneEncoder(Encoder):
     @torch.no_grad()
     def initialise(self) -> None:
         """The library's own first values: those of a freshly constructed tower."""
-        with _whole(), torch.device("cpu"):
+        with whole(), torch.device("cpu"):
             fresh = self.spec.construct()
         own = self.tower.state_dict(keep_vars=True)
         for name, value in fresh.state_dict().items():
@@ -248,7 +247,7 @@ class BackboneEncoder(Encoder):
 
     def _fill(self) -> None:
         """Give tensors that no file holds (index tables, rotary angles) their values, where the structure was made on the meta device."""
-        with _whole(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with whole(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
             fresh = self.spec.construct()
         for path, module in fresh.named_modules():
             own = self.tower.get_submodule(path)
@@ -269,33 +268,6 @@ class BackboneEncoder(Encoder):
 # ---- without weights -----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _whole() -> Iterator[Callable[[nn.Module], None]]:
-    """Modules made inside are whole even where ZeRO 3 partitions what is constructed: foreign constructors look at values and shapes. Gives what partitions them afterwards."""
-    zero: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
-    active = zero.top_level_context if zero is not None else None
-    if zero is None or active is None:
-        yield lambda module: None
-        return
-
-    def partition(module: nn.Module) -> None:
-        for one in module.modules():
-            active._post_init_method(one)
-
-    zero.shutdown_init_context()
-    try:
-        yield partition
-    finally:
-        zero.restore_init_context()
-
-
-@contextmanager
-def _nowhere() -> Iterator[None]:
-    """On the meta device, outside of ZeRO 3, drawing no random number that others would miss."""
-    with _whole(), torch.device("meta"), torch.random.fork_rng(devices=[]):
-        yield
-
-
 _SURVEYED: dict[str, dict[str, StreamShape]] = {}
 _IDLE: dict[str, tuple[set[str], dict[str, bool]]] = {}
 
@@ -303,7 +275,7 @@ _IDLE: dict[str, tuple[set[str], dict[str, bool]]] = {}
 def _survey(spec: BackboneSpec) -> dict[str, StreamShape]:
     if spec.key not in _SURVEYED:
         try:
-            with _nowhere(), torch.no_grad():
+            with hollow(), torch.no_grad():
                 _SURVEYED[spec.key] = spec.build().eval().survey()
         except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError, KeyError) as problem:  # what foreign constructors raise for numbers they do not accept
             raise ConfigurationError(f"{spec.package} does not accept the encoder's numbers: {problem}", cure="mend encoder.name, encoder.size or encoder.config") from problem
@@ -314,7 +286,7 @@ def _idle(spec: BackboneSpec, levels: dict[str, tuple[Level, ...]]) -> tuple[set
     """Names of parameters that no gradient of `levels` reaches; and of every module: whether it has parameters and all of them are such."""
     key = json.dumps([spec.key, sorted((name, sorted(map(str, wanted))) for name, wanted in levels.items())])
     if key not in _IDLE:
-        with _nowhere(), torch.enable_grad():
+        with hollow(), torch.enable_grad():
             ghost = spec.build().eval()
             picture = ImageInput({"pixels": torch.empty(3, spec.side, spec.side)}, spec.side, spec.side, TokenLayout(()))
             read = [tokens.sum() for stream in ghost([picture], levels).streams.values() for tokens in stream.levels.values()]

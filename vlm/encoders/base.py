@@ -4,7 +4,7 @@ A Spec is a frozen, picklable dataclass. Processor, data workers, `vlm check` an
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlm.features import Features, ImageInput, Layouts, Level, TokenLayout
 from vlm.initial import draw
 
-__all__ = ["BlockWeights", "Encoder", "EncoderSpec", "FixedSizeSpec", "Mode", "Triple"]
+__all__ = ["BlockShape", "BlockWeights", "Encoder", "EncoderSpec", "FixedSizeSpec", "Mode", "Triple"]
 
 Mode = Literal["train", "infer"]
 Triple = tuple[float, float, float]
@@ -24,14 +24,21 @@ Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class BlockWeights:
-    """A transformer block of a tower as a ladder needs it: sizes and the modules to copy from. Linears (out, in); norms are LayerNorms."""
+class BlockShape:
+    """Sizes of a transformer block. activation: as transformers calls it. eps: of the norms. dropout: of the attention's weights."""
 
     width: int
     heads: int
     mlp_width: int
     activation: str
     eps: float
+    dropout: float = field(default=0.0, kw_only=True)
+
+
+@dataclass(frozen=True)
+class BlockWeights(BlockShape):
+    """A transformer block of a tower as a ladder needs it: sizes and the modules to copy from. Linears (out, in), a bias may be missing; norms are LayerNorms; a layer scale is left out."""
+
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear

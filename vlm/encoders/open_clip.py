@@ -130,7 +130,7 @@ class TransformerReader(Reader):
         block: Any = self.blocks()[index]
         attention: Any = block.attn
         mlp: Any = block.mlp
-        if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity) or (activation := activation_name(mlp.gelu)) is None:
+        if type(block) is not ResidualAttentionBlock or (activation := activation_name(mlp.gelu)) is None:
             return None
         query, key, value = (part_of_linear(attention.in_proj_weight, attention.in_proj_bias, part) for part in range(3))
         return BlockWeights(

@@ -84,7 +84,7 @@ class TimmReader(Reader):
         attention: Any = block.attn
         mlp: Any = block.mlp
         norm1, norm2 = block.norm1, block.norm2
-        plain = (block.ls1, block.ls2, attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
+        plain = (attention.q_norm, attention.k_norm, attention.norm, mlp.norm)
         activation = activation_name(mlp.act)
         if activation is None or attention.gate is not None or not all(isinstance(one, nn.Identity) for one in plain):
             return None

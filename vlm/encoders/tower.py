@@ -107,4 +107,5 @@ class TowerEncoder(Encoder):
         return BlockWeights(
             config.hidden_size, config.num_attention_heads, config.intermediate_size, config.hidden_act, config.layer_norm_eps,
             attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, block.layer_norm1, block.layer_norm2, block.mlp.fc1, block.mlp.fc2,
+            dropout=config.attention_dropout,
         )  # fmt: skip

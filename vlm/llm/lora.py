@@ -1,9 +1,7 @@
 """LoRA (Hu et al. 2021) on any part, through peft's layers: y = W x + alpha / rank * B A x, A drawn, B zero, so that nothing changes at step 0."""
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,11 +12,12 @@ from vlm.errors import CheckpointError, ConfigurationError
 from vlm.llm import register
 from vlm.llm.base import AdaptationSpec, Part
 from vlm.llm.context import Scope
-from vlm.llm.decoder import layers, skeleton
+from vlm.llm.decoder import skeleton
 from vlm.llm.head import LossHead, adapt_head
+from vlm.llm.targets import Targets
 from vlm.weights.files import find_folder
 
-__all__ = ["ADAPTER", "LoRASpec", "outside_adapters"]
+__all__ = ["ADAPTER", "LoRASpec"]
 
 ADAPTER = "default"
 """What peft's layers call our adapter: the name that stock adapter files leave out."""
@@ -29,7 +28,7 @@ ADAPTER = "default"
 class LoRASpec(AdaptationSpec):
     """rank, alpha: the update is scaled by alpha / rank (rslora: alpha / sqrt(rank)); alpha is twice the rank by default. dropout: before A, in training only.
 
-    targets: names of modules, each the end of a path (`q_proj`, `layers.0.mlp.up_proj`, `lm_head`) or a pattern of it (`layers.[01].*_proj`). Default: every linear of the part's blocks.
+    targets: names of modules as `Targets` reads them. Default: every linear of the part's blocks.
     part: llm, encoder or connector. path: folder of an adapter of others, whose values it starts from; rank, alpha, rslora and targets then come from its adapter_config.json.
     """
 
@@ -80,14 +79,14 @@ class LoRASpec(AdaptationSpec):
         """Targets that are named are claimed. Those of the default are not: another adaptation may take them along."""
         if self.part != "llm" or self.targets is None:
             return ()
-        return tuple(self._found(skeleton(llm_config)))
+        return tuple(self._targets.free(skeleton(llm_config)))
 
     def build(self, decoder: nn.Module, scope: Scope) -> None:
         from peft import LoraConfig
         from peft.tuners.lora.layer import dispatch_default
 
         config = LoraConfig(r=cast(int, self.rank), lora_alpha=cast(Any, self.alpha), lora_dropout=self.dropout, use_rslora=bool(self.rslora), init_lora_weights=False)
-        for path, target in self._found(decoder).items():
+        for path, target in self._targets.free(decoder).items():
             layer = dispatch_default(target, ADAPTER, config, r=self.rank, lora_alpha=self.alpha)
             if layer is None or isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear):
                 raise ConfigurationError(
@@ -123,27 +122,13 @@ class LoRASpec(AdaptationSpec):
 
     def layers(self, part: nn.Module) -> dict[str, Any]:
         """peft's layers of this adaptation by path, in a part that carries it."""
-        return self._found(part, built=True)
-
-    def _found(self, part: nn.Module, built: bool = False) -> dict[str, nn.Module]:
-        """The targets by path. Raises ConfigurationError for a name that fits nothing, and where LoRA is there already."""
         from peft.tuners.lora import LoraLayer
 
-        modules = dict(outside_adapters(part))
-        named = {path: module for path, module in modules.items() if isinstance(module, LoraLayer) or not any(module.children())}
-        if self.targets is None:
-            found = {path: named[path] for path in _linears_of_blocks(part, self.part, named)}
-        else:
-            found = {path: module for path, module in named.items() if any(_fits(path, target) for target in self.targets)}
-            for target in self.targets:
-                if not any(_fits(path, target) for path in found):
-                    raise _no_such_target(target, named, self.part)
-        taken = next((path for path, module in found.items() if isinstance(module, LoraLayer)), None)
-        if not built and taken:
-            raise ConfigurationError(f"lora: {taken} of the {self.part} carries LoRA already", expected="one LoRA per module", cure="name other targets, or merge the first one")
-        if not found:
-            raise ConfigurationError(f"lora: the {self.part} has no linear that could be adapted", cure="name targets")
-        return found
+        return self._targets.carrying(part, lambda module: isinstance(module, LoraLayer) and ADAPTER in module.r)
+
+    @property
+    def _targets(self) -> Targets:
+        return Targets("lora", self.part, self.targets)
 
 
 class LoRAHead(LossHead):
@@ -160,44 +145,6 @@ class LoRAHead(LossHead):
         base, up = layer.get_base_layer(), layer.lora_B[ADAPTER].weight
         hidden, low = prepared.split([base.in_features, up.shape[1]], -1)
         return F.linear(hidden, base.weight, base.bias) + F.linear(low.to(up.dtype), up)
-
-
-def outside_adapters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules by path; what lies inside a peft layer is not one."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, child in module.named_children():
-        yield prefix + name, child
-        if not isinstance(child, LoraLayer):
-            yield from outside_adapters(child, f"{prefix}{name}.")
-
-
-def _linears_of_blocks(part: nn.Module, kind: Part, named: Mapping[str, nn.Module]) -> list[str]:
-    """Linears of the decoder's layers, of an encoder's numbered blocks (so not of a pooling head), of all connectors."""
-    from peft.tuners.lora import LoraLayer
-
-    def linear(module: nn.Module) -> bool:
-        inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        return isinstance(inner, nn.Linear) and not isinstance(inner, nn.modules.linear.NonDynamicallyQuantizableLinear)  # whose parent reads its weight without a call
-
-    found = [path for path, module in named.items() if linear(module)]
-    if kind == "connector":
-        return found
-    if kind == "encoder":
-        return [path for path in found if any(word.isdigit() for word in path.split("."))]
-    start = next(name for name, module in part.named_modules() if module is layers(part))
-    return [path for path in found if path.startswith(f"{start}.")]
-
-
-def _fits(path: str, target: str) -> bool:
-    return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
-
-
-def _no_such_target(target: str, named: Mapping[str, nn.Module], part: str) -> ConfigurationError:
-    names = dict.fromkeys(path.rpartition(".")[2] for path, module in named.items() if any(True for _ in module.parameters()))
-    near = difflib.get_close_matches(target, [*names, *named], 1)
-    cure = f"did you mean {near[0]!r}?" if near else "name a module that holds weights, not one that holds modules"
-    return ConfigurationError(f"lora: no module of the {part} is called {target!r}", expected=f"the end of a path, such as {', '.join(names)}", cure=cure)
 
 
 def _rename_tied(part: nn.Module, path: str) -> None:

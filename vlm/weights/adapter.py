@@ -212,7 +212,7 @@ def _write(tensors: Mapping[str, Tensor], paths: list[str], base: nn.Module, spe
 
 def _short(paths: list[str], base: nn.Module) -> list[str]:
     """The last words of the paths, where they mean the same modules; the names that others write."""
-    from vlm.llm.lora import outside_adapters
+    from vlm.llm.targets import outside_adapters
 
     words = sorted({path.rpartition(".")[2] for path in paths})
     meant = {path for path, _ in outside_adapters(base) if path.rpartition(".")[2] in words}

@@ -1,0 +1,202 @@
+"""QLadder (Arcana, arXiv 2410.13733): learned queries climb beside the tower's blocks; layer i reads the hidden state that block i reads. Their tokens stand behind the patches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlm.connectors import register
+from vlm.connectors.base import Connector, ConnectorSpec, Link
+from vlm.errors import ConfigurationError
+from vlm.features import EXTRA, OUT, SUMMARY, Features, Layouts, Level, Stream, TokenLayout
+from vlm.hollow import hollow
+
+__all__ = ["QLadder", "QLadderSpec"]
+
+
+@register("qladder")
+@dataclass(frozen=True, kw_only=True)
+class QLadderSpec(ConnectorSpec):
+    """Reads every hidden state up to the last layer that is used, summary tokens included, and the patches of `level`.
+
+    queries: tokens that are added to each picture. select: which ladder layer gives them: `same`, the one of the number `level`, counted from the ladder's own end where that is negative (Arcana's
+    main tree; level -2 of 24 blocks: layer 22, which reads one state less than the patches come from), or `last` (its archive).
+    all_layers: build the layers that are never read too, as released files hold them; default: what `official` says. Of an encoder with several streams the link behind may read others too: they
+    are handed on, with zeros in the places of the queries.
+    """
+
+    queries: int = 64
+    select: Literal["same", "last"] = "same"
+    all_layers: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.queries < 1:
+            raise ConfigurationError("connector qladder needs queries", got=f"queries {self.queries}", expected="1 or more", cure="set connector.queries: 64, or use mlp")
+
+    def used(self, depth: int) -> int:
+        """How many layers are computed, of a tower of `depth` blocks. Raises ConfigurationError where `level` names no layer."""
+        if self.select == "last" or not isinstance(self.level, int):
+            return depth
+        index = self.level if self.level >= 0 else depth + self.level
+        if not 0 <= index < depth:
+            raise ConfigurationError("connector qladder has no layer of this number", got=f"level {self.level}", expected=f"{-depth} to {depth - 1}", cure="set select: last")
+        return index + 1
+
+    def built(self, depth: int) -> int:
+        """How many layers there are."""
+        return depth if (self.official if self.all_layers is None else self.all_layers) else self.used(depth)
+
+    def depth(self, link: Link) -> int:
+        """Blocks of the tower. Raises ConfigurationError where there are none to climb beside."""
+        depth = link.levels[self.stream_in(link)]
+        if not depth:
+            raise ConfigurationError(
+                "connector qladder climbs beside the blocks of a vision transformer",
+                got=f"stream {self.stream_in(link)} without hidden states",
+                expected="an encoder such as clip or siglip, right behind it",
+                cure="make it the first link of the chain, set stream: low of a hybrid encoder, or use mlp",
+            )
+        return depth
+
+    def others(self, link: Link) -> list[str]:
+        """Streams besides its own that the link behind reads."""
+        own = self.stream_in(link)
+        if self.then is None or len(link.widths) == 1:
+            return []
+        widths = {own: link.widths[own], **link.widths}
+        return [name for name in self.then.reads(Link(widths, dict.fromkeys(widths, 0), None)) if name != own]
+
+    def reads(self, link: Link) -> Mapping[str, Sequence[Level]]:
+        own = tuple(dict.fromkeys([*range(self.used(self.depth(link))), self.level]))
+        return {self.stream_in(link): own} | {name: (self.level if link.levels[name] else 0,) for name in self.others(link)}
+
+    def width(self, link: Link) -> int:
+        width = link.widths[self.stream_in(link)]
+        if link.out not in (None, width):
+            raise ConfigurationError(
+                "connector qladder does not change widths", got=f"tokens of {width}, a decoder of {link.out}", cure="put a projector behind it: connector.then: {use: mlp}"
+            )
+        return width
+
+    def widths(self, link: Link) -> Mapping[str, int]:
+        return {self.stream_in(link): self.width(link)} | {name: link.widths[name] for name in self.others(link)}
+
+    def layout(self, layouts: Layouts) -> TokenLayout:
+        return self._with_queries(layouts[self.stream or next(iter(layouts))])
+
+    def layouts(self, layouts: Layouts) -> Layouts:
+        own = self.stream or next(iter(layouts))
+        return {name: self._with_queries(layouts[name]) for name in (own, *layouts)}
+
+    def _with_queries(self, layout: TokenLayout) -> TokenLayout:
+        patches = layout.without(SUMMARY)
+        return TokenLayout(patches.roles + (EXTRA,) * self.queries, patches.rows, patches.columns)
+
+    def build(self, encoder: Any, link: Link) -> "QLadder":
+        return QLadder(self, encoder, link)
+
+
+class QLadder(Connector):
+    """Features of a tower whose pictures all have the same number of tokens -> patches, then queries."""
+
+    def __init__(self, spec: QLadderSpec, encoder: Any, link: Link):
+        super().__init__()
+        depth, width = spec.depth(link), spec.width(link)
+        self.used = spec.used(depth)
+        self.own, self.level = spec.stream_in(link), spec.level
+        self.others = {name: levels[0] for name, levels in spec.reads(link).items() if name != self.own}
+        with hollow():
+            tower = encoder.build()
+        self.queries = nn.Parameter(torch.empty(1, spec.queries, width))
+        self.layers = nn.ModuleList(LadderLayer(width, tower.block(index)) for index in range(spec.built(depth)))
+
+    def forward(self, features: Features) -> Features:
+        stream = features.stream(self.own)
+        climbed = self.climb(stream)
+        patches, lengths = stream.patches(self.level)
+        streams = {self.own: _behind(patches, climbed, lengths, stream.grids)}
+        for name, level in self.others.items():
+            patches, lengths = features.stream(name).patches(level)
+            zeros = patches.new_zeros(len(lengths), climbed.shape[1], patches.shape[-1])
+            streams[name] = _behind(patches, zeros, lengths, features.stream(name).grids)
+        return Features(streams)
+
+    def climb(self, stream: Stream) -> Tensor:
+        """The queries (n, Q, D) of n pictures behind the last layer that is used."""
+        count = len(stream.lengths)
+        queries = self.queries.expand(count, -1, -1)
+        for index, layer in enumerate(self.layers[: self.used]):
+            queries = layer(queries, stream.levels[index].view(count, -1, queries.shape[-1]))
+        return queries
+
+    def unused(self) -> list[nn.Parameter]:
+        return [parameter for layer in self.layers[self.used :] for parameter in layer.parameters()]
+
+    def initialise(self, encoder: Any) -> None:
+        """Queries from N(0, 1); every layer a copy of its block; the norm of the queries, which no block has, begins as (1, 0)."""
+        nn.init.normal_(self.queries)
+        for index, layer in enumerate(self.layers):
+            layer.initialise(encoder.block(index))  # type: ignore[operator]
+
+
+def _behind(patches: Tensor, queries: Tensor, lengths: Sequence[int], grids: Sequence[tuple[int, int]]) -> Stream:
+    """Patches (N, D) of n pictures, each with its queries (n, Q, D) behind."""
+    together = torch.cat([patches.view(len(lengths), -1, patches.shape[-1]), queries.to(patches.dtype)], 1)
+    return Stream({OUT: together.flatten(0, 1)}, (together.shape[1],) * len(lengths), tuple(grids))
+
+
+class LadderLayer(nn.Module):
+    """Cross-attention and MLP, each behind a norm, with the sizes of a block. Where the tower has none that could be read (block None): heads of 64 or a little more, a MLP of four widths."""
+
+    def __init__(self, width: int, block: Any):
+        super().__init__()
+        from transformers.activations import ACT2FN
+
+        heads, mlp, activation, eps = max(n for n in range(1, max(1, width // 64) + 1) if width % n == 0), 4 * width, "gelu", 1e-6
+        if block is not None:
+            heads, mlp, activation, eps = block.heads, block.mlp_width, block.activation, block.eps
+        self.heads = heads
+        self.dropout = 0.0 if block is None else block.dropout
+        self.query_norm, self.key_norm, self.mlp_norm = (nn.LayerNorm(width, eps=eps) for _ in range(3))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
+        self.activation = ACT2FN[activation]
+
+    def forward(self, queries: Tensor, states: Tensor) -> Tensor:
+        """(n, Q, D), (n, S, D) -> (n, Q, D)"""
+        keys = self.key_norm(states)
+        query, key, value = self._headed(self.q_proj(self.query_norm(queries))), self._headed(self.k_proj(keys)), self._headed(self.v_proj(keys))
+        seen = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout if self.training else 0.0)
+        queries = queries + self.out_proj(seen.transpose(1, 2).flatten(2))
+        return queries + self.fc2(self.activation(self.fc1(self.mlp_norm(queries))))
+
+    def looks(self, queries: Tensor, states: Tensor) -> Tensor:
+        """Where each query looks: attention weights (n, heads, Q, S)."""
+        query, key = self._headed(self.q_proj(self.query_norm(queries))), self._headed(self.k_proj(self.key_norm(states)))
+        return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+
+    def _headed(self, tokens: Tensor) -> Tensor:
+        """(n, T, D) -> (n, heads, T, D / heads)"""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    @torch.no_grad()
+    def initialise(self, block: Any) -> None:
+        """A copy of the block; where there is none, projections by Xavier and Glorot, biases 0."""
+        self.query_norm.reset_parameters()
+        linears = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out", "fc1": "fc1", "fc2": "fc2"}
+        norms = {"key_norm": "norm1", "mlp_norm": "norm2"}
+        for own, source in {**linears, **norms}.items():
+            module = self.get_submodule(own)
+            if block is None and own in norms:
+                module.reset_parameters()  # type: ignore[operator]
+                continue
+            given = None if block is None else getattr(block, source)
+            if given is None:
+                nn.init.xavier_uniform_(module.weight)  # type: ignore[arg-type]
+            else:
+                module.weight.copy_(given.weight)  # type: ignore[union-attr]
+            bias = None if given is None else given.bias
+            module.bias.zero_() if bias is None else module.bias.copy_(bias)  # type: ignore[union-attr]
