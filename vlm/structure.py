@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["hollow", "whole"]
+__all__ = ["hollow", "unpartitioned"]
 
 
 @contextmanager
-def whole() -> Iterator[Callable[[nn.Module], None]]:
+def unpartitioned() -> Iterator[Callable[[nn.Module], None]]:
     """Modules made inside are whole even where ZeRO 3 partitions what is constructed: foreign constructors look at values and shapes. Gives what partitions them afterwards."""
     zero: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     active = zero.top_level_context if zero is not None else None
@@ -34,5 +34,5 @@ def whole() -> Iterator[Callable[[nn.Module], None]]:
 @contextmanager
 def hollow() -> Iterator[None]:
     """On the meta device, outside of ZeRO 3, drawing no random number that others would miss."""
-    with whole(), torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with unpartitioned(), torch.device("meta"), torch.random.fork_rng(devices=[]):
         yield
