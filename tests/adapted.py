@@ -27,8 +27,8 @@ def made(spec: ModelSpec) -> VLM:
     torch.manual_seed(0)
     model = first_model(spec, placeholder_id(tiny.tokenizer()))
     with torch.no_grad():
-        for path, parameters in model.groups().items():
-            for parameter in parameters if path.endswith(".lora") else ():
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
                 nn.init.normal_(parameter, std=0.2)
     return model.train()
 

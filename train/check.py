@@ -219,7 +219,7 @@ class _Check:
             check_claims(claims)
         if self.entered and self.run.stages:
             stages = list(self.run.stages)
-            entering = sorted(self.run.model.adapt.items(), key=lambda item: (stages.index(item[1].since or stages[0]), item[1].place))
+            entering = sorted(self.run.model.adapt.items(), key=lambda item: (stages.index(item[1].since or stages[0]), item[1].order))
             with self.report.at("model.adapt"):
                 check_order(dict(entering))
 

@@ -301,7 +301,7 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def add_all(self, adaptations: Mapping[str, AdaptationSpec]) -> None:
         """Add several, in the order in which a checkpoint's model is built."""
-        for name, adaptation in sorted(adaptations.items(), key=lambda item: item[1].place):
+        for name, adaptation in sorted(adaptations.items(), key=lambda item: item[1].order):
             self.add(name, adaptation)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

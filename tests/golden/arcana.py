@@ -11,7 +11,11 @@ from vlm.encoders.base import FixedSizeSpec
 from vlm.images import crop_to, mean_color, open_picture, pad
 from vlm.prompt_official import IGNORE, IMAGE, TEMPLATES, collate, prompt_ids, prompt_text, train_ids_and_labels
 
-__all__ = ["image", "prompt", "tolerance_names"]
+__all__ = ["IDLE", "image", "prompt", "tolerance_names"]
+
+
+IDLE = frozenset({"projection_dim", "initializer_range", "max_position_embeddings"})
+"""Fields of the towers' and decoders' configurations without effect."""
 
 
 def tolerance_names(name: str) -> Sequence[str]:

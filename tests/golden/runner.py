@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.golden import anyres, arcana, dsvl, dsvl_chat, dsvl_model
+from tests.golden import anyres, arcana, arcana_model, arcana_parts, dsvl, dsvl_chat, dsvl_model
 from tests.golden.case import Case
 from tests.golden.compare import Aliases, differences
 
@@ -36,7 +36,10 @@ class NotBuilt:
 
 _BUILT = {
     "arcana_image": Row(arcana.image, frozenset({"_processor_class"}), arcana.tolerance_names),
+    "arcana_mmlora": Row(arcana_parts.mmlora, arcana.IDLE, arcana.tolerance_names),
+    "arcana_model": Row(arcana_model.model, arcana.IDLE, arcana.tolerance_names),
     "arcana_prompt": Row(arcana.prompt, aliases=arcana.tolerance_names),
+    "arcana_qladder": Row(arcana_parts.qladder, arcana.IDLE, arcana.tolerance_names),
     "dsvl_aligner": Row(dsvl.aligner, frozenset({"class"})),
     "dsvl_chat": Row(dsvl_chat.chat, frozenset({"class"})),
     "dsvl_hybrid": Row(dsvl.hybrid, dsvl.IDLE | {"class"}),
@@ -52,9 +55,6 @@ _BUILT = {
 }
 
 _NOT_BUILT = {
-    "QLadder": ("arcana_qladder",),
-    "MM-LoRA": ("arcana_mmlora",),
-    "Arcana": ("arcana_model",),
     "EVE v1": ("eve_v1_align", "eve_v1_data", "eve_v1_model", "eve_v1_patch", "eve_v1_pixels", "eve_v1_pixels_sizes"),
     "EVE v2": ("eve_v2_data", "eve_v2_embed", "eve_v2_layer", "eve_v2_model", "eve_v2_pixels", "eve_v2_pixels_sizes"),
     "mixture of experts": ("moe_block", "moe_convert", "moe_gate", "moe_layer", "moe_model", "moe_upcycle", "moe_upcycle_deepspeed_files", "moe_upcycle_modes"),

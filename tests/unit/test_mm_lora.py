@@ -53,10 +53,7 @@ def batches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def linear(spec: MMLoRASpec, into: int = 6, out: int = 5, bias: bool = True) -> MMLoRALinear:
     """One routed layer, with values everywhere, that sees what its scope holds."""
     torch.manual_seed(0)
-    decoder = skeleton(text_config(model_spec()))
-    decoder.model.layers[0].self_attn.q_proj = nn.Linear(into, out, bias=bias)  # type: ignore[union-attr]
-    replace(spec, targets=("layers.0.self_attn.q_proj",)).build(decoder, Scope())
-    layer: Any = decoder.get_submodule("model.layers.0.self_attn.q_proj")
+    layer = spec.routed(nn.Linear(into, out, bias=bias), Scope())
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.5)
     return layer

@@ -12,7 +12,7 @@ from vlm.connectors import register
 from vlm.connectors.base import Connector, ConnectorSpec, Link
 from vlm.errors import ConfigurationError
 from vlm.features import EXTRA, OUT, SUMMARY, Features, Layouts, Level, Stream, TokenLayout
-from vlm.hollow import hollow
+from vlm.structure import hollow
 
 __all__ = ["QLadder", "QLadderSpec"]
 

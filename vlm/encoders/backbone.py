@@ -17,7 +17,7 @@ from vlm.encoders.prepare import Data, Interpolation, squared
 from vlm.encoders.readers import Reader
 from vlm.errors import ConfigurationError, EnvironmentProblem
 from vlm.features import PATCH, SUMMARY, Features, ImageInput, Layouts, Level, Stream, TokenLayout
-from vlm.hollow import hollow, whole
+from vlm.structure import hollow, unpartitioned
 
 __all__ = ["BackboneEncoder", "BackboneSpec", "StreamShape", "library", "whole_depth"]
 
@@ -125,7 +125,7 @@ class BackboneEncoder(Encoder):
     def __init__(self, spec: BackboneSpec):
         super().__init__()
         self.spec = spec
-        with whole() as partition:
+        with unpartitioned() as partition:
             self.tower = spec.construct()
         self.reader = self.read_by()
         self.reader.trunk.forward = self._read
@@ -238,7 +238,7 @@ class BackboneEncoder(Encoder):
     @torch.no_grad()
     def initialise(self) -> None:
         """The library's own first values: those of a freshly constructed tower."""
-        with whole(), torch.device("cpu"):
+        with unpartitioned(), torch.device("cpu"):
             fresh = self.spec.construct()
         own = self.tower.state_dict(keep_vars=True)
         for name, value in fresh.state_dict().items():
@@ -247,7 +247,7 @@ class BackboneEncoder(Encoder):
 
     def _fill(self) -> None:
         """Give tensors that no file holds (index tables, rotary angles) their values, where the structure was made on the meta device."""
-        with whole(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        with unpartitioned(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
             fresh = self.spec.construct()
         for path, module in fresh.named_modules():
             own = self.tower.get_submodule(path)

@@ -31,6 +31,16 @@ class AdaptationSpec:
     mergeable: ClassVar[bool] = False
     since: str | None = None
 
+    @property
+    def order(self) -> tuple[int, bool]:
+        """Where it comes among others: by `place`, and behind those whose claims it leaves alone."""
+        return self.place, self.takes_rest
+
+    @property
+    def takes_rest(self) -> bool:
+        """Whether it takes what the claims of others leave."""
+        return False
+
     def plan(self, llm_config: Any) -> Sequence[str]:
         """Claims: paths of the decoder's modules that this adaptation owns, before anything is built; raises ConfigurationError."""
         return ()
@@ -96,7 +106,7 @@ def check_order(entering: Mapping[str, AdaptationSpec]) -> None:
     for index, name in enumerate(names):
         for other in names[:index]:
             first, then = entering[other], entering[name]
-            if first.part == then.part and first.place > then.place:
+            if first.part == then.part and first.order > then.order:
                 raise ConfigurationError(
                     f"the adaptation {name} enters after {other}, which is built on top of it",
                     expected=f"{name} in the same stage as {other} or an earlier one",

@@ -149,7 +149,7 @@ def scope(decoder: nn.Module) -> Scope:
 
 def in_order(adapt: Sequence[AdaptationSpec]) -> list[AdaptationSpec]:
     """Adaptations in the order in which they are applied (DESIGN section 3)."""
-    return sorted(adapt, key=lambda spec: spec.place)
+    return sorted(adapt, key=lambda spec: spec.order)
 
 
 def stack(decoder: nn.Module) -> PreTrainedModel:

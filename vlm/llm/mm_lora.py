@@ -5,7 +5,7 @@ They are two adapters of peft's, `vision` and `language`, in one layer; the toke
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +39,6 @@ class MMLoRASpec(AdaptationSpec):
     dropout: float | Mapping[str, float] = 0.05
     targets: tuple[str, ...] | None = None
 
-    leaves: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         for name, expected, fits in (("rank", "0 or more", _is_rank), ("scale", "a number above 0", _is_scale), ("dropout", "from 0 to below 1", _is_rate)):
             value = getattr(self, name)
@@ -52,6 +50,10 @@ class MMLoRASpec(AdaptationSpec):
             raise ConfigurationError("mm_lora: both ranks are 0", expected="1 or more for a modality", cure="set rank, or leave mm_lora out")
         if self.targets == ():
             raise ConfigurationError("mm_lora: targets cannot be this", got=(), expected="names, or nothing for all", cure="set targets")
+
+    @property
+    def takes_rest(self) -> bool:
+        return self.targets is None
 
     def _each(self, name: str) -> dict[str, float]:
         value = getattr(self, name)
@@ -74,19 +76,23 @@ class MMLoRASpec(AdaptationSpec):
 
     def build(self, decoder: nn.Module, scope: Scope) -> None:
         for path, target in self._free(decoder).items():
-            first, *more = self.adapters
-            layer = LoRALinear(target, first, self.settings(first), r=self.rank[first], lora_alpha=self.settings(first).lora_alpha)
-            for modality in more:
-                layer.update_layer(modality, self.rank[modality], self.settings(modality).lora_alpha, self.settings(modality))
-            layer.set_adapter(list(self.adapters))
-            layer.train(target.training)  # peft's layers are born in training mode
-            layer.__class__ = MMLoRALinear
-            layer.scope = scope  # type: ignore[assignment]
-            decoder.set_submodule(path, layer)
+            decoder.set_submodule(path, self.routed(target, scope))
+
+    def routed(self, target: nn.Module, scope: Scope) -> "MMLoRALinear":
+        """A linear with the updates beside it: structure only."""
+        first, *more = self.adapters
+        layer = LoRALinear(target, first, self.settings(first), r=self.rank[first], lora_alpha=self.settings(first).lora_alpha)
+        for modality in more:
+            layer.update_layer(modality, self.rank[modality], self.settings(modality).lora_alpha, self.settings(modality))
+        layer.set_adapter(list(self.adapters))
+        layer.train(target.training)  # peft's layers are born in training mode
+        layer.__class__ = MMLoRALinear
+        layer.scope = scope  # type: ignore[assignment]
+        return cast(MMLoRALinear, layer)
 
     def _free(self, decoder: nn.Module) -> dict[str, nn.Module]:
         """Linears by path that are to carry the updates. Raises ConfigurationError for what is none, and for the head: outside of the layers nothing tells pictures from text."""
-        found = self._targets.free(decoder, leave=self.targets is None)
+        found = self._targets.free(decoder, leave=self.takes_rest)
         inside = f"{next(name for name, module in decoder.named_modules() if module is layers(decoder))}."
         for path, module in found.items():
             if not isinstance(module, nn.Linear) or not path.startswith(inside):
