@@ -322,18 +322,18 @@ class _Check:
     def _exports(self) -> None:
         if self.text is None or not self.run.stages or not self.entered:
             return
-        from vlm.weights import deepseek
-        from vlm.weights.llava import obstacles
+        from vlm.weights.export import families
 
         last = model_at(self.run, len(self.run.stages) - 1)
-        found = list(map(str, obstacles(last, self.text)))
         name, stage = list(self.run.stages.items())[-1]
-        if stage.images.tiling is not None:
-            found.append(f"stages.{name}.images is anyres, LLaVA reads one square per picture")
-        self.report.exports["llava"] = f"not possible: {'; '.join(found)}" if found else "transformers' LlavaForConditionalGeneration"
-        for family in (deepseek.SINGLE, deepseek.HYBRID):
-            if stage.images.use == "native" and not family.obstacles(last, self.text):
-                self.report.exports[family.name] = f"transformers' {family.model_class}"
+        for to, family in families().items():
+            found = list(map(str, family.obstacles(last, self.text)))
+            if stage.images.use not in family.POLICIES:
+                found.append(f"stages.{name}.images is {stage.images.use}, expected {' or '.join(family.POLICIES)}")
+            if not found:
+                self.report.exports[to] = family.WRITES
+            elif to == "llava":
+                self.report.impossible[to] = "; ".join(found)
 
 
 def _strings(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

@@ -49,7 +49,7 @@ class StageReport:
 
 @dataclass
 class Report:
-    """What `check_run` found. problems: each keeps the run from training as it is written. wrong: paths that have one. exports: family -> public class, or why not."""
+    """What `check_run` found. problems: each keeps the run from training as it is written. wrong: paths that have one. exports: what `--to` takes -> what it writes. impossible: the same -> why not."""
 
     name: str
     stages: list[StageReport] = field(default_factory=list)
@@ -58,6 +58,7 @@ class Report:
     not_checked: list[str] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)
     exports: dict[str, str] = field(default_factory=dict)
+    impossible: dict[str, str] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
 
     @property
@@ -78,6 +79,8 @@ class Report:
             _print_stage(stage, console)
         for family, text in self.exports.items():
             console.print(Text(f"vlm export --to {family}: {text}"), soft_wrap=True)
+        for family, text in self.impossible.items():
+            console.print(Text(f"vlm export --to {family}: not possible: {text}"), soft_wrap=True)
         for title, style, lines in (("not checked", "cyan", self.not_checked), ("warning", "yellow", self.warnings), ("problem", "bold red", map(str, self.problems))):
             for line in lines:
                 console.print(Text(f"{title}: ", style=style).append(line, style="default"), soft_wrap=True)

@@ -31,7 +31,7 @@ def ledger_rows(groups: Iterable[Group]) -> list[dict[str, object]]:
 def print_ledger(groups: Sequence[Group], console: Console, title: str) -> None:
     table = Table(title=title, title_justify="left")
     for name in ("group", "tensors", "parameters", "rate", "decay", "why"):
-        table.add_column(name, justify="left" if name in ("group", "why") else "right")
+        table.add_column(name, justify="left" if name in ("group", "why") else "right", no_wrap=name == "group")
     for row in ledger_rows(groups):
         table.add_row(*("" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
     console.print(table)

@@ -22,6 +22,7 @@ from vlm.train.check import check_run
 from vlm.train.config import RunSpec
 from vlm.train.cost import planned
 from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
+from vlm.train.findings import Report
 from vlm.train.folder import absolute, fingerprint, open_folder, steps_of, write_export
 from vlm.train.forms import blocks_of, model_at, stage_mixture, stage_processor
 from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
@@ -42,13 +43,13 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
     """
     rank, ranks, device = connect()
     folder = run.folder
-    warnings = check_run(run, quick=True).warnings if rank == 0 else []
+    report = check_run(run, quick=True) if rank == 0 else Report(run.name)
     run = absolute(run)
     if rank == 0:
         open_folder(run, folder, resume)
     dist.barrier()
     log = Log(folder, rank, run.log_every)
-    for warning in warnings:
+    for warning in report.warnings:
         log.console.print(f"warning: {warning}")
     try:
         for index, name in enumerate(run.stages):
@@ -58,7 +59,8 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
             write_export(folder, list(run.stages)[-1])
             draw_curve(folder)
         dist.barrier()
-        log.console.print(f"finished: {folder}\n  vlm eval {folder}    vlm chat {folder}    vlm export {folder} --to llava")
+        exports = "".join(f"    vlm export {folder} --to {family}" for family in report.exports)
+        log.console.print(f"finished: {folder}\n  vlm eval {folder}    vlm chat {folder}{exports}")
     finally:
         log.close()
     return folder

@@ -25,7 +25,7 @@ class _Friendly(TyperGroup):
 app = typer.Typer(
     cls=_Friendly, help="Vision-language models from exchangeable parts, trained by one YAML.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
-data = typer.Typer(cls=_Friendly, help="Data: check them, convert them, make the demo's scenes.", no_args_is_help=True)
+data = typer.Typer(cls=_Friendly, help="Data: check them, convert them, draw the demo's scenes and small text.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
 
@@ -116,10 +116,15 @@ def chat_command(
 @app.command("export")
 def export_command(
     run: Run,
-    to: Annotated[str, typer.Option(help="The family whose classes load the result; peft: LoRA alone, as stock adapters.")] = "llava",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="llava, deepseek_vl, deepseek_vl_hybrid: transformers' classes; deepseek_vl_official, arcana: the keys of their own programs; peft: LoRA and MM-LoRA alone."
+        ),
+    ] = "llava",
     out: Annotated[Path | None, typer.Option(help="Where to; default RUN/export-FAMILY.")] = None,
 ) -> None:
-    """Write a checkpoint that transformers' own classes load, and prove it in a fresh process; LoRA is merged. Example: vlm export runs/demo --to llava"""
+    """Write a checkpoint that programs of others load, and prove it by loading it; LoRA is merged. Example: vlm export runs/demo --to llava"""
     if to == "peft":
         from vlm.weights.adapter import export_adapters
 
@@ -189,11 +194,15 @@ def import_command(
 
 
 @app.command("merge")
-def merge_command(run: Run, out: Annotated[Path | None, typer.Option(help="Where to; default RUN/merged.")] = None) -> None:
+def merge_command(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="Where to; default RUN/merged, or RUN/merged-text.")] = None,
+    text_only: Annotated[bool, typer.Option("--text-only", help="The decoder alone, as a text model of transformers; of MM-LoRA its language side.")] = False,
+) -> None:
     """Compute a run's LoRA into its weights; the result loads like any other folder. Example: vlm merge runs/demo"""
-    from vlm.weights.merge import merge_run
+    from vlm.weights.merge import merge_run, merge_text
 
-    folder, merged = merge_run(run, out)
+    folder, merged = (merge_text if text_only else merge_run)(run, out)
     typer.echo(f"{folder}: {merged}")
 
 
@@ -243,6 +252,14 @@ def scenes_command(
     from vlm.data.scenes import write_scenes
 
     typer.echo(write_scenes(folder, to=to, seed=seed, scenes=count, held_out=held_out))
+
+
+@data.command("smalltext")
+def smalltext_command(folder: Path, seed: int = 0, count: int = 4000, held_out: int = 300) -> None:
+    """Make pages of small digits, questions and a tokenizer: text that a low-resolution tower cannot read."""
+    from vlm.data.smalltext import write_smalltext
+
+    typer.echo(write_smalltext(folder, seed=seed, pages=count, held_out=held_out))
 
 
 @data.command("check")

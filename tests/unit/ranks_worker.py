@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vlm.train.steps import MicroBatch, Step
 
 CURVE = ("every_stage.steps=20", "every_stage.batch=8", "every_stage.micro_batch=2", "stages.instruct.train={encoder: 1.0e-3, connector: 1.0e-3, llm: 1.0e-3}", "workers=0")
 LORA = "model.adapt={lora: {since: SINCE, rank: 4, dropout: DROPOUT, targets: ['*_proj', lm_head, embed_tokens]}, tower_lora: {use: lora, part: encoder, rank: 2}}"
+ADAPTED = (LORA.replace("SINCE", "align").replace("DROPOUT", "0"),)
 heads.CHUNK = 8 * 512  # eight rows: the number of chunks differs between the ranks
 
 
@@ -46,14 +48,14 @@ def micro(rows: list[Row]) -> MicroBatch:
     return MicroBatch(collate(empty, pad_id=0), sum(row.supervised for row in rows), units, [row.id for row in rows], ["questions"] * len(rows), ["vision"] * len(rows))
 
 
-def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: torch.device, accumulate: int = 4) -> None:
+def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: torch.device, accumulate: int = 4, options: Sequence[str] = ADAPTED) -> None:
     """One SGD step of rate 1, so that the difference of the weights is the gradient."""
     from vlm.train.loop import one_step
 
-    run = compose(root, zero, LORA.replace("SINCE", "align").replace("DROPOUT", "0"))
+    run = compose(root, zero, *options)
     stage = run.stages["instruct"]
     tokenizer = load_tokenizer(run.model)
-    processor = VLMProcessor(run.model, 32, tokenizer, stage.prompt)
+    processor = VLMProcessor(run.model, 32, tokenizer, stage.prompt, stage.images.use, tiling=stage.images.tiling)
     config = deepspeed_config(stage, torch.float32) | {"gradient_clipping": 0.0}
     torch.manual_seed(0)
     model = first_model(run.model, processor.image_token_id, config)

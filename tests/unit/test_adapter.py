@@ -12,6 +12,7 @@ import torch
 from adapted import logits, made, model_spec
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 import vlm
@@ -19,6 +20,7 @@ from vlm.config import LLMSpec
 from vlm.connectors.linear import LinearSpec
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.llm.lora import LoRASpec
+from vlm.llm.mm_lora import MMLoRASpec
 from vlm.loading import first_model
 from vlm.model import VLM
 from vlm.train.folder import absolute
@@ -62,6 +64,45 @@ def test_stock_peft_reads_our_tower(tmp_path: Path) -> None:
     assert difference.abs().max() <= 1e-6
     with pytest.raises(ConfigurationError, match="bridge has no stock form"):
         write_adapters(made(model_spec(adapt={"bridge": LoRASpec(part="connector")})), tmp_path / "bridge")
+
+
+def with_values(model: VLM) -> VLM:
+    """Its MM-LoRA has values everywhere."""
+    with torch.no_grad():
+        for path, parameters in model.groups().items():
+            for parameter in parameters if ".mm_lora." in path else ():
+                nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("family", "targets"), [("llama", None), ("phi", ("q_proj", "layers.1.mlp.fc2"))])
+def test_stock_peft_reads_each_side_of_mm_lora(family: str, targets: tuple[str, ...] | None, tmp_path: Path) -> None:
+    model = with_values(made(model_spec(family, {"mine": MMLoRASpec(rank={"vision": 3, "language": 5}, scale={"vision": 2.0, "language": 0.5}, targets=targets)})))
+    written = write_adapters(model, tmp_path / "out")
+    assert set(written) == {"mine/vision", "mine/language"}
+    settings = {name: json.loads((tmp_path / "out" / name / "adapter_config.json").read_text()) for name in written}
+    said = {name: tuple(one[key] for key in ("peft_type", "r", "lora_alpha", "lora_dropout")) for name, one in settings.items()}
+    assert said == {"mine/vision": ("LORA", 3, 6, 0.05), "mine/language": ("LORA", 5, 2.5, 0.05)}
+    base = base_of(model, tmp_path / "base")
+    embeddings = torch.randn(2, 20, 32)
+    found = []
+    for name, kind in (("mine/vision", 1), ("mine/language", 0)):
+        stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, attn_implementation=model.llm.config._attn_implementation), tmp_path / "out" / name).eval()
+        with torch.no_grad():
+            ours = model(inputs_embeds=embeddings, mm_token_type_ids=torch.full((2, 20), kind)).logits
+            found.append(stock(inputs_embeds=embeddings).logits)
+        assert torch.equal(ours, found[-1]), name
+    assert (found[0] - found[1]).abs().max() > 0.01
+
+
+def test_a_modality_without_rank_is_not_written_and_the_other_is_exact(tmp_path: Path) -> None:
+    model = with_values(made(model_spec(adapt={"mm_lora": MMLoRASpec(rank={"vision": 0, "language": 4}), "tower": LoRASpec(part="encoder", rank=2)})))
+    assert set(write_adapters(model, tmp_path / "out")) == {"mm_lora/language", "tower"}
+    assert [path.name for path in (tmp_path / "out" / "mm_lora").iterdir()] == ["language"]
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(model, tmp_path / "base")), tmp_path / "out" / "mm_lora" / "language").eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(logits(model, {"input_ids": ids}), stock(input_ids=ids).logits)
 
 
 def theirs(folder: Path, **settings: Any) -> tuple[VLM, Path]:

@@ -1,19 +1,28 @@
 """The contract of an encoder, for every registered one."""
 
+import json
 import pickle
 import random
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from PIL import Image
+from ranks import assert_equal_gradients, launch
+from safetensors.torch import load_file
 
 from vlm import encoders
+from vlm.config import LLMSpec, ModelSpec
+from vlm.connectors.hybrid_mlp import HybridMLPSpec
+from vlm.connectors.mlp import MLPSpec
 from vlm.encoders.base import Encoder, EncoderSpec, Mode
 from vlm.errors import ConfigurationError, EnvironmentProblem
 from vlm.features import SUMMARY, Features, ImageInput, Level
+from vlm.loading import first_model
+from vlm.model import VLM
 
 ARGUMENTS: dict[str, dict[str, Any]] = {"clip": {"config": tiny.tower_config("clip")}, "siglip": {"config": tiny.tower_config("siglip")}}
 ARGUMENTS |= {"hybrid": tiny.hybrid_arguments(), "hybrid with clip": tiny.hybrid_arguments("clip")}
@@ -178,3 +187,91 @@ def test_a_block_has_the_sizes_it_names(spec: EncoderSpec, encoder: Encoder) -> 
 def test_numbers_that_transformers_refuses(name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"(?s)does not accept the encoder's config.*hidden_size.*encoder\.config"):
         encoders.registry.get(name)(config={"hidden_size": "wide"}, weights="random")
+
+
+# ---- inside a VLM ----------------------------------------------------------------------------------------------------------
+
+PICTURE = 399
+"""The id that stands for a picture token."""
+
+
+@pytest.fixture(scope="module")
+def model(spec: EncoderSpec) -> VLM:
+    """A whole model around the encoder."""
+    torch.manual_seed(0)
+    connector = HybridMLPSpec() if len(spec.streams) == 2 and "high" in spec.streams else MLPSpec()
+    return first_model(ModelSpec(encoder=spec, connector=connector, llm=LLMSpec(config=tiny.llm_config(), weights="random")), PICTURE)
+
+
+@torch.no_grad()
+def test_saved_and_loaded(spec: EncoderSpec, model: VLM, tmp_path: Path) -> None:
+    images = [seen(spec, tiny.picture(seed=index, size=size)) for index, size in enumerate([(40, 30), (7, 90)])]
+    expected = model.eval().see(images).tokens
+    model.save_pretrained(tmp_path)
+    again = VLM.from_pretrained(tmp_path).eval()
+    assert again.spec.encoder == spec.form()
+    own, back = model.state_dict(), again.state_dict()
+    assert own.keys() == back.keys() and all(torch.equal(back[name], tensor) for name, tensor in own.items())
+    assert torch.allclose(again.see(images).tokens, expected, atol=1e-6)
+
+
+def test_text_only_rows_bring_all_gradients_in_the_same_order(spec: EncoderSpec, model: VLM) -> None:
+    arrived: list[str] = []
+    hooks = [parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name)) for name, parameter in model.named_parameters()]
+    images = [seen(spec, tiny.picture(seed=index, size=size)) for index, size in enumerate([(40, 30), (7, 90)])]
+    count = len(model.train().see(images).tokens)
+    with_pictures = torch.tensor([[5, *[PICTURE] * count, 6, 7]])
+    orders = []
+    for ids, pictures in ((with_pictures, images), (torch.tensor([[5, 6, 7, 8, 9, 10, 11]]), None)):
+        arrived.clear()
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids.masked_fill(ids == PICTURE, -100), images=pictures).loss_sum.backward()
+        orders.append(list(arrived))
+        seen_by_loss = [bool(parameter.grad.any()) for name, parameter in model.named_parameters() if name.startswith("encoder.") and parameter.grad is not None]
+        assert any(seen_by_loss) == (pictures is not None), "the picture in the place of none has no weight"
+    for hook in hooks:
+        hook.remove()
+    idle = {id(parameter) for parameter in model.unused()}
+    assert orders[0] == orders[1]
+    assert set(orders[0]) == {name for name, parameter in model.named_parameters() if id(parameter) not in idle}
+
+
+# ---- on two ranks ----------------------------------------------------------------------------------------------------------
+
+SAM = "{weights: random, downsample_channels: [12, 16], config: {hidden_size: 16, num_hidden_layers: 3, num_attention_heads: 2, mlp_dim: 24, output_channels: 8, image_size: 32, patch_size: 8, window_size: 3, global_attn_indexes: [1]}}"
+VIT = "weights: random, config: {hidden_size: 16, intermediate_size: 24, num_hidden_layers: 3, num_attention_heads: 2, image_size: 28, patch_size: 14}"
+OPEN = "embed_dim: 24, vision_cfg: {image_size: 28, patch_size: 14, width: 16, head_width: 8, layers: 3"
+RUNS = {
+    "clip": [f"model.encoder={{use: clip, {VIT}}}"],
+    "clip in tiles": [f"model.encoder={{use: clip, {VIT}}}", "every_stage.images=anyres", "model.newline=true"],
+    "siglip": [f"model.encoder={{use: siglip, {VIT}}}"],
+    "hybrid": [f"model.encoder={{use: hybrid, high: {SAM}, low: {{use: siglip, {VIT}}}}}", "model.connector=hybrid_mlp"],
+    "hybrid add": [f"model.encoder={{use: hybrid, concat: add, high: {SAM}, low: {{use: clip, {VIT}}}}}"],
+    "timm": ["model.encoder={use: timm, name: test_vit, size: 32, weights: random}"],
+    "timm stages": ["model.encoder={use: timm, name: test_efficientnet, size: 64, weights: random}"],
+    "open_clip": [f"model.encoder={{use: open_clip, weights: random, config: {{{OPEN}}}}}}}"],
+    "open_clip pooler": [f"model.encoder={{use: open_clip, weights: random, config: {{{OPEN}, attentional_pool: true, attn_pooler_queries: 5, attn_pooler_heads: 2}}}}}}"],
+}
+"""Overrides of llava_tiny by encoder."""
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of one rank at ZeRO 0 and of two at ZeRO 3, with the weights behind one step by encoder."""
+    root = tiny.data_root(tmp_path_factory.mktemp("data"))
+    worker = Path(__file__).with_name("encoder_ranks.py")
+    one, two = (launch(worker, root, tmp_path_factory.mktemp("step"), zero, ranks, json.dumps(RUNS)) for zero, ranks in ((0, 1), (3, 2)))
+    return one, two
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_with_unequal_pictures_take_one_step(steps: tuple[Path, Path], name: str) -> None:
+    """ZeRO 3 against one process, every parameter trained."""
+    one, two = (folder / name for folder in steps)
+    assert json.loads((two / "sgd.json").read_text()) == pytest.approx(json.loads((one / "sgd.json").read_text()), rel=1e-6)
+    assert_equal_gradients(load_file(one / "sgd.safetensors"), load_file(two / "sgd.safetensors"))
+
+
+def test_every_encoder_is_taken_to_two_ranks() -> None:
+    assert set(encoders.registry._files()) <= {name.split()[0] for name in RUNS}

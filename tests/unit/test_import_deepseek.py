@@ -32,7 +32,7 @@ from vlm.letterbox import fit_square
 from vlm.llm.decoder import decoder_config
 from vlm.loading import build
 from vlm.model import VLM
-from vlm.weights import deepseek_read
+from vlm.weights import deepseek_official, deepseek_read
 from vlm.weights.deepseek import HYBRID
 from vlm.weights.deepseek_keys import model_to_official
 from vlm.weights.export import export_run
@@ -78,7 +78,7 @@ def official_folder(folder: Path, hybrid: bool = True, config: dict[str, Any] | 
     (folder / "config.json").write_text(json.dumps(config or official_config(hybrid, depth)))
     mean = CLIP["pixel_mean"] if hybrid else HALF["pixel_mean"]
     (folder / "preprocessor_config.json").write_text(
-        json.dumps({"image_size": 64 if hybrid else 32, "min_size": 14, "image_mean": mean, "do_normalize": False, "rescale_factor": 1 / 255})
+        json.dumps({"image_size": 64 if hybrid else 32, "min_size": 12 if hybrid else 14, "image_mean": mean, "do_normalize": False, "rescale_factor": 1 / 255})
     )
     words().save_pretrained(folder)
     made = filled(model_of(hybrid, depth))
@@ -105,7 +105,7 @@ def model_of(hybrid: bool, depth: int) -> VLM:
     encoder: Any = replace(low, fit="letterbox", official=True)
     if hybrid:
         sam = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_dim": 64, "image_size": 64, "patch_size": 8, "output_channels": 4, "window_size": 14}
-        encoder = HybridSpec(high=SAMSpec(config=sam | {"global_attn_indexes": [0, 2]}, downsample_channels=(8, 16), interpolate=(16, 16)), low=low)
+        encoder = HybridSpec(high=SAMSpec(config=sam | {"global_attn_indexes": [0, 2]}, downsample_channels=(8, 16), interpolate=(16, 16)), low=low, min_size=12)
     connector = HybridMLPSpec(depth=depth) if hybrid else MLPSpec(depth=depth, level="final")
     return build(VLMConfig.of(ModelSpec(encoder=encoder, connector=connector, llm=LLMSpec()), decoder_config(dict(TEXT)), len(words()) - 1))
 
@@ -140,10 +140,15 @@ def test_official_keys_come_in_and_go_back(tmp_path: Path, hybrid: bool) -> None
     inputs = processor([asked()])
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 16 and inputs["input_ids"][0, 0] == processor.tokenizer.convert_tokens_to_ids(BEGIN)
     assert torch.equal(logits(model.eval(), inputs), logits(source, inputs))
-    back = model_to_official(model.state_dict())
-    written = load_file(tmp_path / "theirs" / "model.safetensors")
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "ours"), "--to", "deepseek_vl_official"])
+    assert done.exit_code == 0, done.output
+    assert "max logit difference 0.00e+00 over 4 prompts, greedy tokens equal" in done.output and "rule" not in done.output
+    folder = tmp_path / "ours" / "export-deepseek_vl_official"
+    back, written = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "theirs"))
     assert back.keys() == {name for name in written if "attn_pool" not in name and "layer_norm" not in name}
     assert all(torch.equal(back[name], written[name]) for name in back)
+    again = deepseek_read.read(folder)
+    assert (again.encoder.levels, again.encoder.widths, again.connector) == (model.spec.encoder.levels, model.spec.encoder.widths, model.spec.connector)
 
 
 def test_a_single_tower_sees_pictures_as_the_official_program_does(tmp_path: Path) -> None:
@@ -191,6 +196,69 @@ def test_the_reference_models_come_in_whole(golden_folder: Path, tmp_path: Path,
     assert model_to_official(own).keys() == case.weights.keys() - set(dropped)
 
 
+RELEASED = {
+    "vision_config": {
+        "cls": "HybridVisionTower",
+        "model_type": "vision",
+        "params": {
+            "concat_type": "tuple",
+            "freeze_high": True,
+            "freeze_low": True,
+            "high_res_cfg": {"model_name": "sam_b_downsample", "image_size": 1024, "select_feature": "same", "select_layer": -1, "output_dim": 1024, **CLIP},
+            "low_res_cfg": {"model_name": "siglip_large_patch16_384", "image_size": 384, "select_feature": "same", "select_layer": -1, "output_dim": 1024, **HALF},
+        },
+    },
+    "aligner_config": {
+        "cls": "MlpProjector",
+        "model_type": "aligner",
+        "params": {"projector_type": "low_high_hybrid_split_mlp_gelu", "depth": 2, "input_dim": 1024, "n_embed": 4096},
+    },
+}
+"""Of the 7B (specification, section 2.6)."""
+
+
+def test_a_released_configuration_comes_back_as_it_was() -> None:
+    released: dict[str, Any] = {**RELEASED, "model_type": "multi_modality", "language_config": {"model_type": "llama", "num_hidden_layers": 30, "rope_theta": 20000.0}}
+
+    def there_and_back(config: dict[str, Any]) -> dict[str, Any]:
+        encoder, connector, text = deepseek_read.program_parts(Path("config.json"), config)
+        spec = ModelSpec(encoder=encoder, connector=connector, llm=LLMSpec())
+        assert deepseek_official.obstacles(spec, text) == []
+        return deepseek_official._config(spec, text)
+
+    back = there_and_back(released)
+    language = back.pop("language_config")
+    assert back == {**RELEASED, "model_type": "multi_modality", "architectures": ["MultiModalityCausalLM"]}, "no table beside the names that the program knows"
+    assert language.items() >= released["language_config"].items() and "rope_parameters" not in language
+    for name, layer, expected in (("siglip_so400m_patch14_384", -3, ("siglip_so400m_patch14_384", -3)), ("siglip_large_patch16_384", 5, ("siglip_large_patch16_384", -20))):
+        single = {"cls": "CLIPVisionTower", "params": {**RELEASED["vision_config"]["params"]["low_res_cfg"], "model_name": name, "select_layer": layer}}
+        for kind in ("linear", "identity"):
+            aligner = {"params": {"projector_type": kind, "n_embed": 4096}}
+            back = there_and_back({**released, "vision_config": single, "aligner_config": aligner})
+            params = back["vision_config"]["params"]
+            assert (params["model_name"], params["select_layer"]) == expected and back["aligner_config"]["params"]["projector_type"] == kind
+
+
+def test_what_the_official_program_does_not_have_is_named(tmp_path: Path) -> None:
+    spec, text = model_of(True, 2).spec, decoder_config(dict(TEXT))
+    encoder: Any = spec.encoder
+    assert deepseek_official.obstacles(spec, text) == []
+
+    def refused(**fields: Any) -> list[str]:
+        return [line.split(",")[0] for line in deepseek_official.obstacles(replace(spec, **fields), text)]
+
+    other = replace(
+        encoder,
+        low=replace(encoder.low, config={**encoder.low.config, "hidden_act": "gelu_pytorch_tanh"}),
+        high=replace(encoder.high, config={**encoder.high.config, "window_size": 7}),
+    )
+    assert refused(encoder=other) == ["model.encoder.high.window_size is 7", "model.encoder.low.hidden_act is gelu_pytorch_tanh"]
+    assert refused(connector=MLPSpec(level="final")) == ["model.connector is mlp"]
+    assert refused(encoder=encoder.low) == ["model.connector is hybrid_mlp", "model.encoder.fit is squash"]
+    scaled = decoder_config(TEXT | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}})
+    assert deepseek_official.obstacles(spec, scaled)[0].startswith("model.llm.rope_parameters is {")
+
+
 @pytest.mark.parametrize("hybrid", [True, False])
 def test_native_classes_answer_alike_and_come_back(tmp_path: Path, hybrid: bool) -> None:
     """Official -> ours -> transformers' class, in a fresh process with its own processor -> ours."""
@@ -217,6 +285,10 @@ def test_native_classes_answer_alike_and_come_back(tmp_path: Path, hybrid: bool)
         if hasattr(encoder, name)
     }
     assert all(got == expected for got, expected in fields.values()), fields
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "again"), "--to", "deepseek_vl_official"])
+    assert done.exit_code == 0, done.output
+    assert "the official program's rule instead of transformers'" in done.output
+    assert deepseek_read.read(tmp_path / "again" / "export-deepseek_vl_official").encoder == replace(encoder, path=None)
 
 
 def test_what_the_native_classes_do_not_have_is_named(tmp_path: Path) -> None:

@@ -201,8 +201,8 @@ def test_a_tower_that_is_nowhere_is_an_error(llama: Path, tmp_path: Path) -> Non
 def test_heads_that_no_file_tells_are_asked_for(tmp_path: Path, tower: Path) -> None:
     found = {"encoder.tower." + name: torch.empty(shape) for name, shape in {"embeddings.class_embedding": (80,), "embeddings.patch_embedding.weight": (80, 3, 14, 14), "embeddings.position_embedding.weight": (5, 80)}.items()}  # fmt: skip
     with pytest.raises(ConfigurationError, match="number of attention heads.*width 80.*multiple of 64.*--tower"):
-        llava_read._tower(tmp_path, "openai/not-here", found, None)
-    spec, place = llava_read._tower(tmp_path, "openai/not-here", found, str(tower))
+        llava_read.program_tower(tmp_path, "openai/not-here", found, None)
+    spec, place = llava_read.program_tower(tmp_path, "openai/not-here", found, str(tower))
     assert isinstance(spec, CLIPSpec) and spec.numbers()["num_attention_heads"] == 2 and place is None
 
 

@@ -11,23 +11,25 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 import vlm
 from vlm.cli import app
 from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec
+from vlm.data.sample import Sample, Turn
 from vlm.encoders.clip import CLIPSpec
 from vlm.errors import ConfigurationError, NumericsError
 from vlm.llm.base import AdaptationSpec
 from vlm.llm.lora import LoRASpec
+from vlm.llm.mm_lora import MMLoRASpec
 from vlm.loading import first_model, saved_model
 from vlm.model import VLM
 from vlm.processor import VLMProcessor, placeholder_id
 from vlm.prompt import PromptSpec
 from vlm.weights.export import export_run
-from vlm.weights.merge import merge_lora, merge_run
+from vlm.weights.merge import merge_language, merge_lora, merge_run, merge_text
 
 TOWER = {"tower_lora": LoRASpec(part="encoder", rank=2), "bridge": LoRASpec(part="connector", rank=2, rslora=True)}
 IDS = torch.arange(20)[None]
@@ -44,7 +46,7 @@ def made(family: str = "llama", adapt: Mapping[str, AdaptationSpec] | None = Non
     model = first_model(model_spec(family, TOWER if adapt is None else adapt, **numbers), placeholder_id(tiny.tokenizer())).eval()
     with torch.no_grad():
         for path, parameters in model.groups().items():
-            for parameter in parameters if path.endswith("lora") else ():
+            for parameter in parameters if "lora" in path else ():
                 nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -151,6 +153,48 @@ def vlm_export(folder: Path) -> str:
     if result.exit_code:
         raise ConfigurationError(result.output.replace("\n", " "))
     return result.output
+
+
+# ---- text alone ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("rank", [{"vision": 3, "language": 5}, {"vision": 2, "language": 0}])
+def test_the_language_side_alone_is_a_text_model(family: str, rank: dict[str, int], tmp_path: Path) -> None:
+    model = made(family, {"lora": LoRASpec(rank=2, targets=("q_proj",)), "mm_lora": MMLoRASpec(rank=rank), **TOWER})
+    source = saved(model, tmp_path / "source")
+    refused = CliRunner().invoke(app, ["merge", str(source)])
+    assert refused.exit_code == 1 and "mm_lora cannot be merged" in refused.output and "--text-only" in refused.output
+    done = CliRunner().invoke(app, ["merge", str(source), "--text-only"])
+    assert done.exit_code == 0, done.output
+    assert f"merged lora, mm_lora into {2 + 12 * bool(rank['language'])} weights" in done.output
+    folder = source / "merged-text"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    again, info = loaded
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any("lora" in name or "base_layer" in name for name in load_file(folder / "model.safetensors"))
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        assert (again.eval()(input_ids=IDS).logits - before).abs().max() <= 1e-5
+        if rank["language"]:
+            assert (made(family, {"lora": LoRASpec(rank=2, targets=("q_proj",))})(input_ids=IDS).logits - before).abs().max() > 0.01
+    processor = vlm.load(source)[1]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "What colour is it?"}], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    asked = Sample("q", (Turn("user", ("What colour is it?",)),))
+    assert said == processor([asked])["input_ids"][0].tolist()
+    tokens = again.generate(torch.tensor([said]), max_new_tokens=5, do_sample=False)[:, len(said) :]
+    assert torch.equal(tokens, model.generate(**processor([asked]), generation_config=GenerationConfig.from_pretrained(folder), max_new_tokens=5))
+
+
+def test_text_alone_needs_something_to_merge(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="has no LoRA"):
+        merge_text(saved(made(adapt={}), tmp_path / "plain"))
+    model = made(adapt={"mm_lora": MMLoRASpec(rank={"vision": 1, "language": 1}, targets=("q_proj",))})
+    with torch.no_grad():
+        model.llm.get_submodule("model.layers.1.self_attn.q_proj").lora_B["language"].weight[0, 0] = torch.nan  # type: ignore[index,union-attr]
+    with pytest.raises(NumericsError, match=r"llm\.model\.layers\.1\.self_attn\.q_proj cannot be merged"):
+        merge_language(model)
 
 
 # ---- the field case --------------------------------------------------------------------------------------------------------------

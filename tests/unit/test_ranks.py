@@ -1,15 +1,13 @@
 """One rank = two ranks at ZeRO 0 to 3 (gloo): gradients, the loss curve, and parts of a user's own. One torchrun per ZeRO stage."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from interrupted import records
+from ranks import assert_equal_gradients, launch
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -20,31 +18,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.mixed_root(tmp_path_factory.mktemp("data"))
 
 
-def launch(root: Path, out: Path, zero: int, ranks: int) -> Path:
-    out.mkdir(exist_ok=True)
-    head = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"PYTHONPATH": str(WORKER.parents[1]), "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run([*head, str(WORKER), str(root), str(out), str(zero)], env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return out
-
-
 @pytest.fixture(scope="module")
 def one(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(root, tmp_path_factory.mktemp("one"), 0, 1)
+    return launch(WORKER, root, tmp_path_factory.mktemp("one"), 0, 1)
 
 
 def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in records(folder)]
-
-
-def assert_equal_gradients(expected: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> None:
-    """DESIGN rule 3, of weights after one SGD step of rate 1."""
-    assert expected.keys() == got.keys()
-    largest = max(tensor.abs().max() for tensor in expected.values())
-    for name, tensor in expected.items():
-        gap = (tensor - got[name]).abs().max()
-        assert gap <= 1e-5 * tensor.abs().max() + 1e-6 * largest, (name, float(gap))
 
 
 @pytest.mark.ranks
@@ -57,7 +37,7 @@ def test_accumulation_does_not_change_the_gradient(one: Path) -> None:
 @pytest.mark.ranks
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_one_rank_equals_two(root: Path, one: Path, tmp_path: Path, zero: int) -> None:
-    two = launch(root, tmp_path / "two", zero, 2)
+    two = launch(WORKER, root, tmp_path / "two", zero, 2)
     expected, got = load_file(one / "sgd.safetensors"), load_file(two / "sgd.safetensors")
     assert json.loads((two / "sgd.json").read_text()) == pytest.approx(json.loads((one / "sgd.json").read_text()), rel=1e-6)
     assert_equal_gradients(expected, got)

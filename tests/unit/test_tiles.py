@@ -406,8 +406,8 @@ def test_check_counts_by_the_headers(root: Path) -> None:
     assert not report.warnings
     cropped = vlm.check(compose(root, "model.encoder={use: timm, name: vit_tiny_patch16_224, size: 32, weights: random}"))
     assert [text for text in cropped.warnings if "stages.instruct.images: the encoder drops the edges of every tile (model.encoder.crop 0.9)" in text]
-    assert instruct.picture_range == (min(counts), max(counts)) and report.exports["llava"].startswith("not possible: model.newline")
-    assert "stages.instruct.images is anyres" in vlm.check(compose(root, "stages.instruct.images={use: anyres, newline: false}")).exports["llava"]
+    assert instruct.picture_range == (min(counts), max(counts)) and report.impossible["llava"].startswith("model.newline")
+    assert "stages.instruct.images is anyres" in vlm.check(compose(root, "stages.instruct.images={use: anyres, newline: false}")).impossible["llava"]
 
 
 @pytest.mark.parametrize(

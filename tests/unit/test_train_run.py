@@ -211,7 +211,7 @@ def test_a_start_that_failed_leaves_its_name_free(root: Path, tmp_path: Path, mo
 
 
 def test_a_damaged_picture_in_a_worker_is_a_sentence(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "check_run", lambda *_, **__: SimpleNamespace(warnings=[]))  # the check reads the first 1,000 pictures and would find it
+    monkeypatch.setattr(stages, "check_run", lambda *_, **__: SimpleNamespace(warnings=[], exports={}))  # the check reads the first 1,000 pictures and would find it
     rows = json.loads((root / "align.json").read_text())
     (root / "img" / "half.png").write_bytes((root / "img" / "0.png").read_bytes()[:-30])
     rows[3]["image"] = "img/half.png"

@@ -1,4 +1,4 @@
-"""Samples, readers (one file each), the mixture, collation, and the generator of scenes. Knows Specs, never modules."""
+"""Samples, readers (one file each), the mixture, collation, and the generators of scenes and small text. Knows Specs, never modules."""
 
 from vlm.registry import Registry
 
@@ -6,6 +6,7 @@ NOT_PARTS = (
     "sample",
     "mixture",
     "scenes",
+    "smalltext",
     "convert",
     "tokenizer",
     "record",

@@ -1,7 +1,7 @@
-"""The decoder and its adaptations: decoder, context, layer, cache, base; every other file is one adaptation."""
+"""The decoder and its adaptations: base is the contract, those of NOT_PARTS are what they share; every other file is one adaptation."""
 
 from vlm.registry import Registry
 
-NOT_PARTS = ("decoder", "context", "layer", "cache", "head")
+NOT_PARTS = ("decoder", "context", "layer", "cache", "head", "targets")
 registry = Registry("adaptation", __name__)
 register = registry.register

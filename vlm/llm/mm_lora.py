@@ -137,7 +137,7 @@ def _is_rate(value: float) -> bool:
 class MMLoRALinear(LoRALinear):
     """peft's layer with the adapters `vision` and `language`, of which each token takes its own.
 
-    Both pairs are one product, with the mask between A and B: every parameter gets a gradient in every call, and all gradients come in one order, whatever the rows hold (DESIGN section 3).
+    Where there are gradients both pairs are one product: every parameter gets one in every call, and all come in one order, whatever the rows hold (DESIGN section 3).
     """
 
     scope: Scope
@@ -145,13 +145,33 @@ class MMLoRALinear(LoRALinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """(..., in) -> (..., out). Without a context, as a decoder that is called by itself, every token is language."""
         base = self.base_layer(x, *args, **kwargs)
+        return self._together(base, x) if torch.is_grad_enabled() else self._apart(base, x)
+
+    def _together(self, base: Tensor, x: Tensor) -> Tensor:
+        """Both pairs as one product, with the mask between A and B."""
         down, up, scale = self._pairs()
-        inner = x.to(down.dtype)
         context = self.scope.context
-        low = F.linear(self.drop(inner, self._vision(context, x)), down)
+        low = F.linear(self.drop(x.to(down.dtype), self._vision(context, x)), down)
         low = low.masked_fill(self._closed(context, low), 0)
         out = torch.addmm(base.to(down.dtype).flatten(0, -2), low.flatten(0, -2), up.T, alpha=scale)
         return out.view(base.shape).to(base.dtype)
+
+    def _apart(self, base: Tensor, x: Tensor) -> Tensor:
+        """One pair after the other, as stock peft computes each, so that answers are those of the adapter alone to the last bit; a call without pictures, such as each new token, needs one."""
+        context = self.scope.context
+        vision = self._vision(context, x)
+        if context is not None and vision is not None:
+            if "mm_lora" not in context.memo:
+                context.memo["mm_lora"] = bool(vision.any())
+            vision = vision if context.memo["mm_lora"] else None
+        if vision is None:
+            return base + self._update("language", x) if "language" in self.r else base
+        sides = [self._update(name, x) if name in self.r else base.new_zeros(()) for name in MODALITIES]
+        return base + torch.where(vision[..., None], *sides)
+
+    def _update(self, name: str, x: Tensor) -> Tensor:
+        down, up = self._weight(self.lora_A, name), self._weight(self.lora_B, name)
+        return (F.linear(F.linear(self.drop(x.to(down.dtype), None), down), up) * self.scaling[name]).to(x.dtype)
 
     def drop(self, x: Tensor, vision: Tensor | None) -> Tensor:
         """Dropout with the rate of each token's modality. vision: (...) bool, None = no token of a picture. The one place of this layer that draws random numbers."""

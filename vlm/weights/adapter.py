@@ -15,6 +15,7 @@ from vlm.weights.strict import copy_rows
 
 if TYPE_CHECKING:
     from vlm.llm.lora import LoRASpec
+    from vlm.llm.mm_lora import MMLoRASpec
     from vlm.model import VLM
 
 __all__ = ["export_adapters", "load_adapter", "read_settings", "write_adapters"]
@@ -76,7 +77,9 @@ def load_adapter(part: nn.Module, layers: Mapping[str, Any], path: str) -> None:
 
     Raises CheckpointError naming missing, unexpected and mis-shaped keys.
     """
-    targets = {_file_name(f"{module}.{name}"): parameter for module, layer in layers.items() for name, parameter in layer.named_parameters() if name.startswith("lora_")}
+    from vlm.llm.lora import ADAPTER
+
+    targets = {f"{module}.{_file_name(name, ADAPTER)}": parameter for module, layer in layers.items() for name, parameter in layer.named_parameters() if name.startswith("lora_")}
     inside: Any = getattr(part, "weights_key", lambda name: name)
     wrong: list[str] = []
     seen: set[str] = set()
@@ -129,18 +132,16 @@ def _module(name: str) -> str:
     return name[: name.index(".lora_")]
 
 
-def _file_name(name: str) -> str:
-    """Name in a part -> name in the file, where the adapter has no name."""
-    from vlm.llm.lora import ADAPTER
-
-    return name.replace(f".{ADAPTER}", "")
+def _file_name(name: str, adapter: str) -> str:
+    """Name in one of peft's layers -> name in the file, where the adapter has no name."""
+    return name.replace(f".{adapter}", "")
 
 
 # ---- out -----------------------------------------------------------------------------------------------------------------
 
 
 def export_adapters(source: str | Path, out: str | Path | None = None) -> list[str]:
-    """Write the LoRAs of a finished run as stock adapters; returns what was written, in words.
+    """Write the LoRAs and MM-LoRAs of a finished run as stock adapters; returns what was written, in words.
 
     source: folder of a run, a stage or an export of vlm. out: where to, new or empty; default: `source/export-peft`. Raises ConfigurationError as `write_adapters` does, and where `out` holds something.
     """
@@ -156,20 +157,42 @@ def export_adapters(source: str | Path, out: str | Path | None = None) -> list[s
 
 
 def write_adapters(model: "VLM", folder: Path) -> dict[str, str]:
-    """One stock adapter per LoRA of the model, in `folder/NAME`; returns by NAME what was written, in words.
+    """One stock adapter per LoRA of the model, in `folder/NAME`, and per modality of an MM-LoRA, in `folder/NAME/MODALITY`; returns by NAME what was written, in words.
 
     Those of the decoder fit AutoModelForCausalLM, those of a CLIP or SigLIP tower its vision model. Raises ConfigurationError where the model has none, or one of a part that no class of others is.
     """
-    from vlm.llm.lora import LoRASpec
-
-    found = {name: spec for name, spec in model.spec.adapt.items() if isinstance(spec, LoRASpec)}
+    found = dict(_adapters(model))
     if not found:
         raise ConfigurationError("this model has no LoRA", got=", ".join(model.spec.adapt) or "no adaptation", cure="nothing is left to export as an adapter once it is merged")
-    stock = {name: _stock(model, name, spec) for name, spec in found.items()}
-    return {name: _write(tensors, paths, base, spec, folder / name) for (name, spec), (paths, tensors, base) in zip(found.items(), stock.values(), strict=True)}
+    stock = {name: _stock(model, name, spec, adapter) for name, (spec, adapter) in found.items()}
+    return {name: _write(*stock[name], _settings(spec, adapter), spec.part, folder / name) for name, (spec, adapter) in found.items()}
 
 
-def _stock(model: "VLM", name: str, spec: "LoRASpec") -> tuple[list[str], dict[str, Tensor], nn.Module]:
+def _adapters(model: "VLM") -> "Iterator[tuple[str, tuple[LoRASpec | MMLoRASpec, str]]]":
+    """By the name of the folder: the adaptation, and what peft's layers call the adapter."""
+    from vlm.llm.lora import ADAPTER, LoRASpec
+    from vlm.llm.mm_lora import MMLoRASpec
+
+    for name, spec in model.spec.adapt.items():
+        if isinstance(spec, LoRASpec):
+            yield name, (spec, ADAPTER)
+        elif isinstance(spec, MMLoRASpec):
+            yield from ((f"{name}/{modality}", (spec, modality)) for modality in spec.adapters)
+
+
+def _settings(spec: "LoRASpec | MMLoRASpec", adapter: str) -> dict[str, Any]:
+    """What adapter_config.json says of the values."""
+    from vlm.llm.mm_lora import MMLoRASpec
+
+    if isinstance(spec, MMLoRASpec):
+        own = spec.settings(adapter)
+        return {"r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout}
+    assert spec.alpha is not None
+    alpha = int(spec.alpha) if spec.alpha.is_integer() else spec.alpha  # peft computes with either
+    return {"r": spec.rank, "lora_alpha": alpha, "lora_dropout": spec.dropout, "use_rslora": bool(spec.rslora)}
+
+
+def _stock(model: "VLM", name: str, spec: "LoRASpec | MMLoRASpec", adapter: str) -> tuple[list[str], dict[str, Tensor], nn.Module]:
     """Module paths, tensors by file name, and the module that stands for the class of others."""
     part = model.part(spec)
     inner = "tower." if spec.part == "encoder" else ""
@@ -183,31 +206,23 @@ def _stock(model: "VLM", name: str, spec: "LoRASpec") -> tuple[list[str], dict[s
             cure="merge it: `vlm merge`",
         )
     tensors = {
-        PREFIX + _file_name(f"{path.removeprefix(inner)}.{key}"): value.detach().cpu().contiguous()
+        f"{PREFIX}{path.removeprefix(inner)}.{_file_name(key, adapter)}": value.detach().cpu().contiguous()
         for path, layer in layers.items()
         for key, value in layer.named_parameters()
-        if key.startswith("lora_")
+        if key.startswith("lora_") and adapter in key.split(".")
     }
     return [path.removeprefix(inner) for path in layers], tensors, base
 
 
-def _write(tensors: Mapping[str, Tensor], paths: list[str], base: nn.Module, spec: "LoRASpec", folder: Path) -> str:
+def _write(paths: list[str], tensors: Mapping[str, Tensor], base: nn.Module, settings: Mapping[str, Any], part: str, folder: Path) -> str:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    assert spec.rank is not None and spec.alpha is not None
     folder.mkdir(parents=True, exist_ok=True)
-    LoraConfig(
-        r=spec.rank,
-        lora_alpha=int(spec.alpha) if spec.alpha.is_integer() else spec.alpha,  # type: ignore[arg-type]  # peft computes with either
-        lora_dropout=spec.dropout,
-        use_rslora=bool(spec.rslora),
-        target_modules=_short(paths, base),
-        task_type="CAUSAL_LM" if spec.part == "llm" else None,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
+    task = "CAUSAL_LM" if part == "llm" else None
+    LoraConfig(**settings, target_modules=_short(paths, base), task_type=task, inference_mode=True).save_pretrained(str(folder))  # type: ignore[arg-type]
     save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return f"{len(tensors)} tensors for {'AutoModelForCausalLM' if spec.part == 'llm' else type(base).__name__}"
+    return f"{len(tensors)} tensors for {'AutoModelForCausalLM' if part == 'llm' else type(base).__name__}"
 
 
 def _short(paths: list[str], base: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["HYBRID", "SINGLE", "Family"]
+__all__ = ["HYBRID", "SINGLE", "Family", "picture_rule"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Family:
     name: str
     hybrid: bool
     model_class: str
+    POLICIES: tuple[str, ...] = ("native",)
+
+    @property
+    def WRITES(self) -> str:
+        return f"transformers' {self.model_class}"
 
     def obstacles(self, model: ModelSpec, text_config: Any) -> list[str]:
         """All that keeps a model from being one; empty where nothing does."""
@@ -47,16 +52,8 @@ class Family:
         return [f"{part} is {got}, {self.name} has {expected}" for bad, part, got, expected in found if bad]
 
     def as_written(self, processor: "VLMProcessor") -> "tuple[VLMProcessor, str]":
-        """The processor with the class's own rule for pictures, and what that changes: the official program cuts sizes off and makes the low view before 8-bit rounding, the class does not."""
-        from vlm.processor import VLMProcessor
-
-        encoder: Any = processor.model.encoder
-        field, rule = ("rounding", "round") if isinstance(encoder, HybridSpec) else ("official", False)
-        if getattr(encoder, field) == rule:
-            return processor, ""
-        model = replace(processor.model, encoder=replace(encoder, **{field: rule}))
-        changed = "pictures are brought to size by transformers' rule instead of the official program's: short sides are rounded, where they were cut off"
-        return VLMProcessor(model, processor.width, processor.tokenizer, processor.prompt.spec, processor.policy), changed
+        """The processor with the class's own rule for pictures, and what that changes."""
+        return picture_rule(processor, official=False)
 
     def write(self, model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
         """Model, configuration, processor and generation settings into `folder`, dtypes kept. processor: as `as_written` gives it.
@@ -65,7 +62,7 @@ class Family:
         """
         if found := self.obstacles(model.spec, model.config.text_config):
             raise ConfigurationError(f"this model cannot be exported as {self.name}: {'; '.join(found)}", cure="export a model of these parts, or load it through vlm")
-        if processor.policy != "native":
+        if processor.policy not in self.POLICIES:
             raise ConfigurationError(f"{self.name}'s image processor cannot express the picture policy {processor.policy!r}", expected="native")
         save(model, processor, folder, rename=native_name, config=self._config(model), exported=self._processor(processor))
 
@@ -89,6 +86,23 @@ class Family:
         kind = DeepseekVLHybridProcessor if self.hybrid else DeepseekVLProcessor
         count = processor.layout(1, 1).count
         return kind(_image_processor(processor.model.encoder), tokenizer, chat_template=tokenizer.chat_template, num_image_tokens=count)
+
+
+def picture_rule(processor: "VLMProcessor", official: bool) -> "tuple[VLMProcessor, str]":
+    """The processor with one of both rules for pictures, and what that changes: the official program cuts sizes off and makes the low view before 8-bit rounding, transformers does neither."""
+    from vlm.processor import VLMProcessor
+
+    encoder: Any = processor.model.encoder
+    fields = {"rounding": "trunc" if official else "round"} if isinstance(encoder, HybridSpec) else {"official": official}
+    if all(getattr(encoder, name) == rule for name, rule in fields.items()):
+        return processor, ""
+    model = replace(processor.model, encoder=replace(encoder, **fields))
+    changed = "pictures are brought to size by " + (
+        "the official program's rule instead of transformers': short sides are cut off, where they were rounded"
+        if official
+        else "transformers' rule instead of the official program's: short sides are rounded, where they were cut off"
+    )
+    return VLMProcessor(model, processor.width, processor.tokenizer, processor.prompt.spec, processor.policy), changed
 
 
 def _pair(encoder: HybridSpec) -> list[Row]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlm.connectors.base import ConnectorSpec
 from vlm.connectors.hybrid_mlp import HybridMLPSpec
+from vlm.connectors.identity import IdentitySpec
 from vlm.connectors.linear import LinearSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.encoders.base import EncoderSpec, Triple
@@ -21,7 +22,7 @@ from vlm.weights.deepseek_keys import model_from_official, native_key, native_na
 from vlm.weights.files import read_json, read_shapes, read_tensors
 from vlm.weights.found import Found, accepted, flat_text, image_processor, numbers, read_config, refuse, said
 
-__all__ = ["read"]
+__all__ = ["CONFIG", "INTERPOLATE", "MIN_SIZE", "program_parts", "read"]
 
 CONFIG = {
     "sam_b_downsample": {"width": 768, "layers": 12, "heads": 12, "global_attn_indexes": (2, 5, 8, 11), "downsample_channels": (512, 1024)},
@@ -33,6 +34,8 @@ CONFIG = {
     "siglip_so400m_patch14_224": {"width": 1152, "layers": 27, "heads": 16, "patch_size": 14, "mlp_ratio": 3.7362},
 }
 """Towers that the official program knows by name; a configuration may bring others in its SAM_MODEL_CONFIG and SigLIP_MODEL_CONFIG."""
+INTERPOLATE = (96, 96)
+"""Rows and columns that the official program resizes SAM's map to."""
 MIN_SIZE = 14
 HALF = (0.5, 0.5, 0.5)
 HEAD = re.compile(r"model\.vision_model\.(vision_model\.)?head\.")
@@ -90,32 +93,43 @@ def read(folder: Path, tower: str | None = None) -> Found:
 
 
 def _of_program(folder: Path, config: Mapping[str, Any]) -> DeepSeekFound:
+    encoder, connector, text = program_parts(folder, config)
+    encoder = _official_pictures(folder, encoder)
+    return DeepSeekFound(folder, read_shapes(folder), encoder, connector, text, "native", prompt=_prompt(folder), official=True)
+
+
+def program_parts(folder: Path, config: Mapping[str, Any]) -> tuple[EncoderSpec, ConnectorSpec, Any]:
+    """Encoder, connector and the decoder's config of a `multi_modality` configuration. Raises ConfigurationError, which names `folder`."""
     vision, aligner = config["vision_config"], config["aligner_config"].get("params", {})
     hybrid = vision.get("cls") == "HybridVisionTower"
     params, out = vision.get("params", {}), aligner.get("n_embed")
     text = flat_text("llama", config["language_config"])
-    kinds = ("low_high_hybrid_split_mlp_gelu",) if hybrid and params.get("concat_type", "tuple") == "tuple" else ("mlp_gelu", "linear")
+    kinds = ("low_high_hybrid_split_mlp_gelu",) if hybrid and params.get("concat_type", "tuple") == "tuple" else ("mlp_gelu", "linear", "identity")
     kind = aligner.get("projector_type")
     towers = [params.get("high_res_cfg", {}), params.get("low_res_cfg", {})] if hybrid else [params]
     rows = [
         (vision.get("cls") not in ("HybridVisionTower", "CLIPVisionTower"), "vision_config.cls", repr(vision.get("cls")), "HybridVisionTower or CLIPVisionTower"),
         (kind not in kinds, "aligner_config.params.projector_type", repr(kind), " or ".join(kinds)),
-        (out != text.hidden_size, "aligner_config.params.n_embed", repr(out), f"the decoder's width, {text.hidden_size}"),
+        (kind != "identity" and out != text.hidden_size, "aligner_config.params.n_embed", repr(out), f"the decoder's width, {text.hidden_size}"),
         *((one.get("select_feature", "same") != "same", "select_feature", repr(one.get("select_feature")), "same") for one in towers),
     ]
     refuse(folder, rows)
     depth = aligner.get("depth", 1)
-    connectors = {"linear": LinearSpec(level="final"), "mlp_gelu": MLPSpec(depth=depth, level="final"), "low_high_hybrid_split_mlp_gelu": HybridMLPSpec(depth=depth)}
+    connectors: dict[str, ConnectorSpec] = {
+        "identity": IdentitySpec(level="final"),
+        "linear": LinearSpec(level="final"),
+        "mlp_gelu": MLPSpec(depth=depth, level="final"),
+        "low_high_hybrid_split_mlp_gelu": HybridMLPSpec(depth=depth),
+    }
     entries = {**CONFIG, **config.get("SAM_MODEL_CONFIG", {}), **config.get("SigLIP_MODEL_CONFIG", {})}
     encoder: EncoderSpec
     if hybrid:
-        interpolate = config.get("interpolate_size", (96, 96))
+        interpolate = config.get("interpolate_size", INTERPOLATE)
         high = _sam(folder, params["high_res_cfg"], entries, None if interpolate is None else tuple(interpolate))
         encoder = HybridSpec(high=high, low=_siglip(folder, params["low_res_cfg"], entries), concat=params.get("concat_type", "tuple"))
     else:
         encoder = replace(_siglip(folder, params, entries), fit="letterbox", official=True)
-    encoder = _official_pictures(folder, encoder)
-    return DeepSeekFound(folder, read_shapes(folder), encoder, connectors[kind], text, "native", prompt=_prompt(folder), official=True)
+    return encoder, connectors[kind], text
 
 
 def _entry(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -179,13 +193,15 @@ def _official_pictures(folder: Path, encoder: EncoderSpec) -> EncoderSpec:
     plain = isinstance(encoder, SigLIPSpec) and encoder.std == (1.0, 1.0, 1.0)
     if plain and written.get("do_normalize", True):
         encoder = replace(encoder, mean=_triple(written.get("image_mean", HALF)), std=_triple(written.get("image_std", HALF)))
+    if isinstance(encoder, HybridSpec):
+        encoder = replace(encoder, min_size=written.get("min_size", MIN_SIZE))
     mean, size = getattr(encoder, "mean", HALF), getattr(encoder, "size", None)
     rows = [
         (not plain and bool(written.get("do_normalize", True)), "do_normalize", "false beside towers that normalise"),
         (plain and not written.get("do_normalize", True), "do_normalize", "true beside a tower that does not normalise"),
         (_triple(written.get("image_mean") or mean) != mean, "image_mean", f"the tower's {mean}"),
         (written.get("image_size", size) != size, "image_size", f"the tower's {size}"),
-        (written.get("min_size", MIN_SIZE) != (encoder.min_size if isinstance(encoder, HybridSpec) else MIN_SIZE), "min_size", f"{MIN_SIZE}"),
+        (written.get("min_size", MIN_SIZE) != getattr(encoder, "min_size", MIN_SIZE), "min_size", f"{MIN_SIZE} of a single tower"),
         (abs(written.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9, "rescale_factor", "1 / 255"),
     ]
     refuse(folder, said(written, rows), "its image processor's ")

@@ -1,5 +1,7 @@
 """Export to classes of others, and the proof: a fresh process loads the folder through public classes only and must give our logits and our greedy tokens.
 
+What no class of transformers loads is read again by our own import instead, with the same comparison.
+
 Run as `python -m vlm.weights.export SCRATCH`, this module is that fresh process.
 """
 
@@ -33,6 +35,8 @@ POSITIONS = 32
 """Logits compared per prompt: of the last so many positions, which see all before them (whole logits of a large vocabulary would take gigabytes)."""
 NEW_TOKENS = 12
 REPORT = "export_check.json"
+IMPORTED = {"deepseek_vl_official": "deepseek_vl", "arcana": "arcana"}
+"""Exports that no class of transformers loads -> the import that reads them again."""
 
 Case = dict[str, "Tensor"]
 """What a model makes of one prompt: ids (S,), pixels (n, 3, H, W), of two towers also high_pixels, logits (POSITIONS or fewer, V), tokens (T,)."""
@@ -47,7 +51,7 @@ Messages = list[dict[str, Any]]
 class Report:
     """A proven export. prompts: how many were compared. max_logit_difference: over all of them, in fp32. tokens_equal: how many greedy tokens agreed, all that there were.
 
-    merged: what of LoRA was merged before writing. changed: what the class does otherwise; both sides were compared with that change.
+    merged: what of LoRA was merged before writing. changed: what the class does otherwise (both sides were compared with that change), or needs beyond the folder.
     """
 
     folder: str
@@ -59,7 +63,13 @@ class Report:
 
 
 class Family(Protocol):
-    """A family of transformers' classes: a module or an object."""
+    """A family of transformers' classes: a module or an object. POLICIES: picture policies that it can express. WRITES: what comes out, in words."""
+
+    @property
+    def POLICIES(self) -> tuple[str, ...]: ...
+
+    @property
+    def WRITES(self) -> str: ...
 
     def obstacles(self, model: "ModelSpec", text_config: Any) -> Sequence[object]:
         """What keeps a model from being one, each a sentence."""
@@ -76,13 +86,13 @@ class Family(Protocol):
 
 def families() -> dict[str, Family]:
     """Name after `--to` -> what writes it."""
-    from vlm.weights import deepseek, llava
+    from vlm.weights import arcana, deepseek, deepseek_official, llava
 
-    return {"llava": llava, "deepseek_vl": deepseek.SINGLE, "deepseek_vl_hybrid": deepseek.HYBRID}
+    return {"llava": llava, "deepseek_vl": deepseek.SINGLE, "deepseek_vl_hybrid": deepseek.HYBRID, "deepseek_vl_official": deepseek_official, "arcana": arcana}
 
 
 def export_run(source_folder: str | Path, out: str | Path | None = None, to: str = "llava") -> Report:
-    """Write a finished run as a family of transformers, and prove it.
+    """Write a finished run as a family of transformers, or in official keys, and prove it.
 
     The folder appears under its name once it is whole and proven, and replaces an older export only then; what fails the check is left beside it as NAME.failed.
 
@@ -115,7 +125,10 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
             draw_pictures(Path(scratch))
             ours = answers(model, processor, partial, asked, Path(scratch))
             del model  # the fresh process needs its memory
-            [theirs] = fresh_answers([(partial, asked)], Path(scratch))
+            if to in IMPORTED:
+                theirs = _imported_answers(partial, IMPORTED[to], asked, Path(scratch))
+            else:
+                [theirs] = fresh_answers([(partial, asked)], Path(scratch))
         report = replace(compare(ours, theirs, out), merged=str(merged) if merged.names else "", changed=changed)
         (partial / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     except ConfigurationError:
@@ -206,6 +219,15 @@ def answers(model: "VLM", processor: "VLMProcessor", folder: Path, asked: Sequen
             case[VIEWS[view]] = torch.stack([image.views[view] for image in inputs["images"]])
         found.append(case)
     return found
+
+
+def _imported_answers(folder: Path, family: str, asked: Sequence[Messages], scratch: Path) -> list[Case]:
+    """The same of the written folder, imported."""
+    from vlm.loading import load
+    from vlm.weights.imports import import_model
+
+    import_model(str(folder), scratch / "again", family)
+    return answers(*load(scratch / "again"), folder, asked, scratch)
 
 
 # ---- their side ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What reading folders of others shares: what was found in one, its files, and how it is refused."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from vlm.connectors.base import ConnectorSpec
 from vlm.encoders.base import EncoderSpec
 from vlm.errors import CheckpointError, ConfigurationError
+from vlm.llm.base import AdaptationSpec
 from vlm.llm.decoder import decoder_config
 from vlm.prompt import PromptSpec
 from vlm.weights.files import read_json, read_tensors
@@ -26,6 +27,7 @@ class Found:
 
     shapes: name in the file -> tensor on the meta device. text: the decoder's transformers config. policy: what happens to pictures first. tower: the folder whose tensors are the tower's
     where the file has none. image_id: the picture token's id, where the folder says one. prompt: the one in which the model was trained, where that is known. notes: what has to be said.
+    adapt: the decoder's adaptations by name.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class Found:
     image_id: int | None = None
     prompt: PromptSpec | None = None
     notes: tuple[str, ...] = ()
+    adapt: Mapping[str, AdaptationSpec] = field(default_factory=dict)
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
         """All tensors of the folder; `key` says what a name is here."""

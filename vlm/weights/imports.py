@@ -21,7 +21,7 @@ from vlm.generate import prepare
 from vlm.loading import build, read_generation, tables
 from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.prompt import TEMPLATES, Prompt, PromptSpec
-from vlm.weights import deepseek_read, llava_read
+from vlm.weights import arcana_read, deepseek_read, llava_read
 from vlm.weights.files import find_folder, read_json, read_tensors
 from vlm.weights.public import chat_template, starts_row
 from vlm.weights.strict import DERIVED, load_tensors
@@ -52,7 +52,7 @@ class Imported:
 
 def families() -> dict[str, ModuleType]:
     """Name after `--family` -> the module that reads its folders, with `read(folder, tower) -> Found`."""
-    return {"llava": llava_read, "deepseek_vl": deepseek_read}
+    return {"llava": llava_read, "deepseek_vl": deepseek_read, "arcana": arcana_read}
 
 
 def import_model(path: str, out: str | Path | None = None, family: str = "llava", *, tower: str | None = None, tokenizer: str | None = None, prompt: str | None = None) -> Imported:
@@ -74,14 +74,15 @@ def import_model(path: str, out: str | Path | None = None, family: str = "llava"
     if taken(out):
         raise ConfigurationError(f"{out} exists already", cure="give a folder that is new or empty with --out")
     found = families()[family].read(source, tower)
-    spec = ModelSpec(encoder=found.encoder, connector=found.connector, llm=LLMSpec(path=str(source), tokenizer=tokenizer))
+    spec = ModelSpec(encoder=found.encoder, connector=found.connector, llm=LLMSpec(path=str(source), tokenizer=tokenizer), adapt=found.adapt)
     words = _tokenizer(spec)
     known = found.prompt if prompt is None else None
     chosen, notes = (known, ()) if known else choose_prompt(words, _chat_template(source, words), prompt)
     processor = VLMProcessor(spec, found.text.hidden_size, words, chosen, found.policy)
     model, more = read_model(found, processor.image_token_id, processor.vocabulary)
     prepare(model, processor)
-    parts = f"{found.encoder.use}, {found.connector.use}, {found.text.model_type}"
+    chain = " -> ".join(part.use for part, _ in model.chain)
+    parts = f"{found.encoder.use}, {chain}, {' + '.join([found.text.model_type, *found.adapt])}"
     report = Imported(str(out), str(source), family, parts, str(model.dtype).removeprefix("torch."), chosen.use, found.policy, (*found.notes, *notes, *more))
     _write(model, processor, report)
     return report
@@ -121,7 +122,7 @@ def read_model(found: "Found", image_token_id: int, vocabulary: int = 0) -> "tup
     if len(dtypes) > 1:
         notes.append(f"the file mixes {', '.join(sorted(str(one).removeprefix('torch.') for one in dtypes))}; all became {str(dtype).removeprefix('torch.')}")
     with _default(dtype):
-        model = build(VLMConfig.of(ModelSpec(encoder=found.encoder, connector=found.connector, llm=LLMSpec()), text, image_token_id))
+        model = build(VLMConfig.of(ModelSpec(encoder=found.encoder, connector=found.connector, llm=LLMSpec(), adapt=found.adapt), text, image_token_id))
     tower = ((f"encoder.{name}", tensor) for name, tensor in _tower(found, model))
     grow = [f"llm.{name}" for name in tables(model)] if text.vocab_size > rows else []
     load_tensors(model, chain(found.tensors(), tower), source=str(found.folder), key=found.key, grow=grow, spell=found.spelt)

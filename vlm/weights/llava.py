@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KEYS", "TOWERS", "Obstacle", "as_written", "from_llava", "obstacles", "projector_key", "row_of", "supports", "to_llava", "write"]
 
+POLICIES = ("native", "pad", "crop", "squash")
+WRITES = "transformers' LlavaForConditionalGeneration"
 KEYS = (
     ("encoder.tower.", "vision_tower.vision_model."),
     ("connector.mlp.layers.0.", "multi_modal_projector.linear_1."),

@@ -18,7 +18,7 @@ from vlm.weights.found import Found, accepted, flat_text, image_processor, numbe
 from vlm.weights.llava import KEYS, TOWERS, from_llava, row_of
 from vlm.weights.public import DECODERS
 
-__all__ = ["read"]
+__all__ = ["program_tower", "read"]
 
 FAMILIES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava_qwen2": "qwen2"}
 """`model_type` of LLaVA's own program -> decoder family."""
@@ -112,14 +112,20 @@ def _of_program(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Te
         (config.get("image_aspect_ratio") not in (None, "square", "pad"), "image_aspect_ratio", "pad or square (pictures in tiles are of later models)"),
     ]
     refuse(folder, said(config, rows))
-    encoder, place = _tower(folder, config.get("mm_vision_tower"), inside, tower)
+    encoder, place = program_tower(folder, config.get("mm_vision_tower"), inside, tower)
     connector = from_plain(connectors.registry, {"use": "mlp", "depth": int(depth[1]), "level": level} if depth else {"use": "linear", "level": level})
     policy = "pad" if config.get("image_aspect_ratio") == "pad" else "native"
     return LLaVAFound(folder, shapes, encoder, connector, flat_text(FAMILIES[config["model_type"]], config), policy, place)
 
 
-def _tower(folder: Path, named: str | None, inside: Mapping[str, Tensor], asked: str | None) -> tuple[FixedSizeSpec, Path | None]:
-    """The tower, and where its weights are if not in the checkpoint. A tower inside is never looked up under the name in the config: it may have been trained."""
+def program_tower(folder: Path, named: str | None, inside: Mapping[str, Tensor], asked: str | None) -> tuple[FixedSizeSpec, Path | None]:
+    """The CLIP tower of a checkpoint of LLaVA's own program or a fork of it, and where its weights are if not in the checkpoint.
+
+    Args:
+        named: the config's `mm_vision_tower`. inside: the checkpoint's own tensors of the tower by our names. asked: a folder that counts before `named`.
+
+    A tower inside is never looked up under the name in the config: it may have been trained. Raises CheckpointError, ConfigurationError.
+    """
     place = asked if inside else asked or named
     if place is None:
         if not inside:

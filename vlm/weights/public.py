@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlm.processor import VLMProcessor
     from vlm.prompt import Prompt
 
-__all__ = ["DECODERS", "Row", "chat_template", "common_obstacles", "mlp_obstacles", "public_tokenizer", "save", "starts_row"]
+__all__ = ["DECODERS", "Row", "chat_template", "common_obstacles", "generation_settings", "mlp_obstacles", "own_tensors", "public_tokenizer", "save", "starts_row"]
 
 DECODERS = ("llama", "mistral", "qwen2")
 """Decoder families (`model_type`) that go both ways. Those classes have a plain linear head without bias: a family that scales or caps its logits cannot join."""
@@ -55,15 +55,20 @@ def save(model: "VLM", processor: "VLMProcessor", folder: Path, *, rename: Calla
     from huggingface_hub import save_torch_state_dict
 
     folder.mkdir(parents=True, exist_ok=True)
-    tied = set(model._tied_weights_keys or ())
-    tensors = {rename(name): tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    tensors = {rename(name): tensor for name, tensor in own_tensors(model).items()}
     save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    _generation_settings(model, processor).save_pretrained(folder)
+    generation_settings(model, processor).save_pretrained(folder)
     exported.save_pretrained(folder)
 
 
-def _generation_settings(model: "VLM", processor: "VLMProcessor") -> Any:
+def own_tensors(model: "VLM") -> dict[str, Any]:
+    """The model's tensors by name, one that is tied to another only once."""
+    tied = set(model._tied_weights_keys or ())
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def generation_settings(model: "VLM", processor: "VLMProcessor") -> Any:
     """The model's own settings, with how an answer ends and what is never said."""
     from vlm.generate import prepare
 
@@ -76,10 +81,10 @@ def _generation_settings(model: "VLM", processor: "VLMProcessor") -> Any:
 # ---- tokenizer ------------------------------------------------------------------------------------------------------------
 
 
-def public_tokenizer(tokenizer: Any, starts: bool, **names: str) -> Any:
+def public_tokenizer(tokenizer: Any, starts: bool, *, without: int | None = None, **names: str) -> Any:
     """A tokenizer that reads a rendered conversation as training does: it puts the start token in front where the prompt has one, and no word mark behind a control token.
 
-    names: more special tokens, such as `image_token`.
+    names: more special tokens, such as `image_token`. without: id of an added token that is left out.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -93,6 +98,7 @@ def public_tokenizer(tokenizer: Any, starts: bool, **names: str) -> Any:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["post_processor"] = _start_token(tokenizer) if starts else None
     content["truncation"] = content["padding"] = None
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != without]
     _mark_first_word_only(content)
     names |= {name: str(value) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := getattr(tokenizer, name)) is not None}
     return PreTrainedTokenizerFast(
