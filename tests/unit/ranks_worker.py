@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import vlm
 from vlm.data.sample import Sample
+from vlm.initial import gathered
 from vlm.llm import head as heads
 from vlm.loading import first_model
 from vlm.processor import VLMProcessor, load_tokenizer
@@ -59,6 +60,10 @@ def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: to
     config = deepspeed_config(stage, torch.float32) | {"gradient_clipping": 0.0}
     torch.manual_seed(0)
     model = first_model(run.model, processor.image_token_id, config)
+    updated = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    with gathered(updated), torch.no_grad():  # B begins as zero, and A would have no gradient
+        for parameter in updated:
+            parameter.normal_(std=0.1)
     tree = {"encoder": 1.0, "connector": 1.0, "llm": 1.0}
     optimizer: Any = adamw(plan(dict(model.named_parameters()), model.groups(), tree, stage.optimizer, model.unused()), stage.optimizer)
     sgd = torch.optim.SGD([{**group, "lr": 1.0, "weight_decay": 0.0} for group in optimizer.param_groups], lr=1.0)
@@ -77,9 +82,9 @@ def sgd_step(root: Path, out: Path, zero: int, rank: int, ranks: int, device: to
         (out / "sgd.json").write_text(json.dumps(record["loss"]))
 
 
-def interrupted(root: Path, out: Path, zero: int) -> None:
-    """A run of 4 + 4 steps with LoRA that enters in its second stage, and the same one stopped there and resumed."""
-    run = (LORA.replace("SINCE", "instruct").replace("DROPOUT", "0.1"), f"runs={out}", "save.every=1", "workers=0")
+def interrupted(root: Path, out: Path, zero: int, adapted: str = LORA) -> None:
+    """A run of 4 + 4 steps with an adaptation that enters in its second stage, and the same one stopped there and resumed."""
+    run = (adapted.replace("SINCE", "instruct").replace("DROPOUT", "0.1"), f"runs={out}", "save.every=1", "workers=0")
     vlm.fit(compose(root, zero, *run, "name=whole"))
     with stopped_at(6):
         vlm.fit(compose(root, zero, *run, "name=cut"))
