@@ -22,8 +22,8 @@ def stopped_at(total: int) -> Iterator[None]:
     """The run inside stops right behind the checkpoint of step `total`, counted over all stages; it must come that far."""
     save = checkpoint.save
 
-    def save_and_stop(folder: Path, engine: Engine, position: checkpoint.Position, keep: int) -> Path:
-        made = save(folder, engine, position, keep)
+    def save_and_stop(folder: Path, engine: Engine, position: checkpoint.Position, *more: int) -> Path:
+        made = save(folder, engine, position, *more)
         if position.total == total:
             raise Stop
         return made
@@ -39,4 +39,4 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def kept(record: dict[str, Any]) -> dict[str, Any]:
     """What of a record does not hang on the machine."""
-    return {key: value for key, value in record.items() if key not in ("seconds", "wait", "memory")}
+    return {key: value for key, value in record.items() if key not in ("seconds", "wait", "memory", "tflops", "mfu")}

@@ -14,7 +14,7 @@ from vlm.composition import to_plain
 from vlm.config import links, picture_tokens
 from vlm.connectors.base import ConnectorSpec, Link
 from vlm.encoders.tower import TowerSpec
-from vlm.errors import CheckpointError, ConfigurationError
+from vlm.errors import CheckpointError, ConfigurationError, EnvironmentProblem
 from vlm.hf_config import refuse_unknown
 from vlm.images import apply_policy
 from vlm.llm.base import check_claims, check_order
@@ -29,6 +29,7 @@ from vlm.train.engine import deepspeed_config, precision_of
 from vlm.train.findings import Report, StageReport
 from vlm.train.forms import model_at, stage_processor
 from vlm.train.optim import rates
+from vlm.train.space import checkpoint_bytes, room, stage_bytes
 from vlm.train.start import check_start
 from vlm.weights.files import find_folder
 
@@ -79,6 +80,7 @@ class _Check:
             self._prompt(index, stage)
             self._structure(index, stage)
         self._never_trained()
+        self._disk()
         DataCheck(self.run, self.report, self.rows, everything=self.everything, quick=self.quick).all()
         self._exports()
 
@@ -109,6 +111,8 @@ class _Check:
             ("log_every", run.log_every, 1, None),
             ("save.every", run.save.every, 0, None),
             ("save.keep", run.save.keep, 1, None),
+            ("validate.every", run.validate.every, 0, None),
+            ("validate.samples", run.validate.samples, 1, None),
             ("bad_budget", run.bad_budget, 0, 1),
         ):
             if value < low or (high is not None and value > high):
@@ -138,9 +142,12 @@ class _Check:
             deepspeed_config(stage, precision_of(self.run.precision, torch.device("cpu"), stage.zero))
 
     def _names(self) -> None:
-        for name, source in self.run.eval.items():
-            if source not in self.run.data:
-                self._no_such(f"eval.{name}", "data source", source, self.run.data)
+        for path, named in (("eval", self.run.eval), ("validate.data", self.run.validate.data)):
+            for name, source in named.items():
+                if source not in self.run.data:
+                    self._no_such(f"{path}.{name}", "data source", source, self.run.data)
+        if self.run.validate.every and not self.run.validated:
+            self.report.refuse("validate", "nothing is named to look at", expected="data: {NAME: SOURCE}, or `eval`", cure="name a source, or set validate.every=0")
         for name, spec in self.run.model.adapt.items():
             if spec.since is not None and spec.since not in self.run.stages:
                 self._no_such(f"model.adapt.{name}.since", "stage", spec.since, self.run.stages)
@@ -297,6 +304,38 @@ class _Check:
                 with self.report.at(f"stages.{name}"):
                     self.report.stages[index].groups = cost.planned(model, stage)
         self.report.stages[index].breaks = [f"{adapted}: {text}" for adapted, part in spec.adapt.items() for text in part.breaks()]
+
+    def _disk(self) -> None:
+        """What the run writes, against what is free."""
+        import torch
+
+        from vlm.train.engine import precision_of
+
+        if not self.run.stages or any(not report.groups for report in self.report.stages):
+            return
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        largest = total = 0
+        for report, stage in zip(self.report.stages, self.run.stages.values(), strict=True):
+            width = precision_of(self.run.precision, device, stage.zero).itemsize
+            saved, weights = checkpoint_bytes(report.groups, width), stage_bytes(report.groups, width)
+            report.disk = f"{saved / 1e9:,.2f} GB per checkpoint, {self.run.save.keep} stay; {weights / 1e9:,.2f} GB of weights at its end"
+            largest, total = max(largest, saved), total + weights * (2 if self.run.validate.keep_best else 1)
+        free = room(Path(self.run.runs))
+        needed = largest * (self.run.save.keep + 1) * bool(self.run.save.every) + total
+        if free < needed:
+            fewer = free < largest + total
+            text = f"the run writes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {self.run.runs}"
+            if self.quick and fewer:
+                self.report.refuse(
+                    "runs",
+                    "there is no room for the run",
+                    kind=EnvironmentProblem,
+                    got=f"{free / 1e9:,.1f} GB",
+                    expected=f"{needed / 1e9:,.1f} GB",
+                    cure="set runs to another disk",
+                )
+            else:
+                self.report.warnings.append(text)
 
     def _never_trained(self) -> None:
         """Adaptations that no stage trains."""

@@ -18,7 +18,7 @@ from vlm.train.config import RunSpec, StageSpec
 from vlm.train.findings import Report, Span
 from vlm.train.forms import blocks_of, stage_mixture
 
-__all__ = ["DataCheck"]
+__all__ = ["DataCheck", "spans_of"]
 
 SECONDS, QUICK_SECONDS = 120.0, 30.0
 """Time after which rows are no longer measured: of `vlm check`, and at the start of training. Records are read, and new forms of conversation rendered, however long it takes."""
@@ -41,6 +41,7 @@ class DataCheck:
     def all(self) -> None:
         stages = list(enumerate(self.run.stages.values()))
         self._open_sources()
+        self._validation()
         for index, stage in stages:
             self._length(index, stage)
         self._data()
@@ -49,9 +50,9 @@ class DataCheck:
                 self._render(index, stage)
 
     def _used(self) -> dict[str, Source]:
-        """Sources of stages and of `eval`."""
+        """Sources of stages, of validation and of `eval`."""
         named = [name for stage in self.run.stages.values() for name in stage.sources]
-        return {name: self.run.data[name] for name in dict.fromkeys([*named, *self.run.eval.values()]) if name in self.run.data}
+        return {name: self.run.data[name] for name in dict.fromkeys([*named, *self.run.validated.values(), *self.run.eval.values()]) if name in self.run.data}
 
     def _open_sources(self) -> None:
         for name, spec in self._used().items():
@@ -65,6 +66,15 @@ class DataCheck:
                 self.report.warnings += [f"data.{name}: {warning}" for warning in reader.warnings]
                 if spec.samples not in (None, len(reader)):
                     self.report.warnings.append(f"data.{name}.samples: {spec.samples:,} are named, the file holds {len(reader):,}, which count")
+
+    def _validation(self) -> None:
+        """What the loss is looked at on while training."""
+        validate, sizes = self.run.validate, self._sizes()
+        for name, source in self.run.validated.items():
+            if (size := sizes.get(source)) is not None:
+                self.report.validation.append(f"{name}: {min(size, validate.samples):,} of {size:,} samples of {source}, every {validate.every:,} steps and at a stage's end")
+            if trained := [stage_name for stage_name, stage in self.run.stages.items() if source in stage.sources]:
+                self.report.warnings.append(f"validate: {name} looks at {source}, which stage {' and '.join(trained)} {'trains' if len(trained) == 1 else 'train'} on")
 
     def _length(self, index: int, stage: StageSpec) -> None:
         if stage.batch < 1 or (stage.micro_batch != "auto" and stage.micro_batch < 1):
@@ -83,7 +93,8 @@ class DataCheck:
         until = time.monotonic() + self.seconds
         scans: dict[str, cost.Scan] = {}
         for name, reader in self.readers.items():
-            stages = [(stage_name, stage) for stage_name, stage in self.run.stages.items() if name in stage.sources and stage_name in self.rows]
+            validated = name in self.run.validated.values()  # with every stage's prompt
+            stages = [(stage_name, stage) for stage_name, stage in self.run.stages.items() if (validated or name in stage.sources) and stage_name in self.rows]
             measures = [cost.Measure(stage_name, self.rows[stage_name], stage.max_length, stage.too_long) for stage_name, stage in stages]
             spec = self.run.data[name]
             images = spec.images
@@ -158,10 +169,10 @@ class DataCheck:
                 row = rows.row(self.readers[source][place], max_length=stage.max_length, too_long=stage.too_long)
             except DataError:
                 continue  # among the problems
-            report.rendered.append(_spans(row, rows.tokenizer))
+            report.rendered.append(spans_of(row, rows.tokenizer))
 
 
-def _spans(row: Row, tokenizer: Any) -> list[Span]:
+def spans_of(row: Row, tokenizer: Any) -> list[Span]:
     """A row as text: pictures as their number of tokens, questions that do not see one another set apart."""
     keys = list(zip(row.branches, row.pictures, row.types, (label != IGNORE for label in row.labels), strict=True))
     edges = [0, *(index for index in range(1, len(row)) if keys[index] != keys[index - 1]), len(row)]

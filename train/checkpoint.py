@@ -1,27 +1,34 @@
-"""resume/: everything a run needs to go on bit for bit. Written beside and renamed, verified by hashes before it is read, the newest few kept."""
+"""resume/: everything a run needs to go on bit for bit, but for frozen weights, which come from where they came from. Written beside and renamed, verified by hashes before it is read, the newest few kept."""
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, VLMError
 from vlm.train.engine import Engine
+from vlm.train.space import check_room, size_of, writing
 
-__all__ = ["Position", "latest", "read_position", "restore", "save", "tree_hash"]
+__all__ = ["Position", "check_ranks", "file_hash", "frozen_hash", "latest", "read_position", "restore", "save", "tree_hash", "universal"]
 
 ENGINE = "engine"
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` steps of stage number `stage` are done. total: steps of all stages so far, names the folder. fingerprint: of the resolved model and stages."""
+    """Where a run stands: `step` steps of stage number `stage` are done. total: steps of all stages so far, names the folder. fingerprint: of the resolved model and stages. frozen: `frozen_hash` of each rank."""
 
     stage: int
     step: int
@@ -29,21 +36,30 @@ class Position:
     ranks: int
     zero: int
     fingerprint: str
+    frozen: tuple[str, ...]
 
 
-def save(folder: Path, engine: Engine, position: Position, keep: int) -> Path:
-    """Write resume/step-N; called on all ranks."""
+def save(folder: Path, engine: Engine, position: Position, keep: int, needed: int = 0) -> Path:
+    """Write resume/step-N; called on all ranks. needed: bytes that it takes, by reckoning, where there is no earlier one.
+
+    Raises EnvironmentProblem on all ranks where the disk has no room; the checkpoints before stay.
+    """
     final = folder / f"step-{position.total}"
     partial = folder / f".partial-step-{position.total}"
     rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def begin() -> None:
+        for left in folder.glob(".partial-*"):
+            shutil.rmtree(left)
+        before = latest(folder)
+        check_room(folder, size_of(before) if before else needed, "a checkpoint")
         partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save(str(partial), ENGINE)
-    torch.save(_random_states(), partial / f"random-{rank}.pt")
-    dist.barrier()
-    if rank == 0:
+
+    def write() -> None:
+        engine.save(str(partial), ENGINE)
+        torch.save(_random_states(), partial / f"random-{rank}.pt")
+
+    def finish() -> None:
         hashes = {str(file.relative_to(partial)): file_hash(file) for file in sorted(partial.rglob("*")) if file.is_file()}
         (partial / "position.json").write_text(json.dumps(asdict(position) | {"files": hashes}, indent=1), encoding="utf-8")
         _flush(partial)
@@ -53,8 +69,24 @@ def save(folder: Path, engine: Engine, position: Position, keep: int) -> Path:
         _flush(folder)
         for old in sorted(_steps(folder))[:-keep]:
             shutil.rmtree(folder / f"step-{old}")
-    dist.barrier()
+
+    for part, here in ((begin, rank == 0), (write, True), (finish, rank == 0)):
+        problem = _tried(part) if here else None
+        if found := next((one for one in engine.gather(problem) if one is not None), None):
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise found
     return final
+
+
+def _tried(part: Callable[[], None]) -> VLMError | None:
+    """What keeps a part of saving from coming off."""
+    try:
+        with writing("a checkpoint"):
+            part()
+    except VLMError as problem:
+        return problem
+    return None
 
 
 def _flush(folder: Path) -> None:
@@ -71,17 +103,17 @@ def _steps(folder: Path) -> list[int]:
     return [int(entry.name.removeprefix("step-")) for entry in folder.glob("step-*") if (entry / "position.json").is_file()]
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint."""
-    steps = _steps(folder)
+def latest(folder: Path, at_most: float = math.inf) -> Path | None:
+    """The newest whole checkpoint, of step `at_most` or an earlier one."""
+    steps = [step for step in _steps(folder) if step <= at_most]
     return folder / f"step-{max(steps)}" if steps else None
 
 
 def read_position(folder: Path, fingerprint: str) -> Position:
     """Where a checkpoint stands; raises CheckpointError where it belongs to another model or was changed."""
     data: dict[str, Any] = json.loads((folder / "position.json").read_text(encoding="utf-8"))
-    files = data.pop("files")
-    position = Position(**data)
+    files, frozen = data.pop("files"), tuple(data.pop("frozen"))
+    position = Position(**data, frozen=frozen)
     if position.fingerprint != fingerprint:
         raise CheckpointError(
             f"{folder} was written by a run with another model or other stages",
@@ -95,21 +127,64 @@ def read_position(folder: Path, fingerprint: str) -> Position:
     return position
 
 
-def restore(folder: Path, engine: Engine, position: Position, zero: int) -> None:
-    """Weights, optimizer and random states; called on all ranks. The folder's hashes have been verified."""
-    ranks = dist.get_world_size()
-    if (ranks, zero) != (position.ranks, position.zero):
+def check_ranks(folder: Path, position: Position, ranks: int, zero: int) -> None:
+    """Raise CheckpointError where a checkpoint cannot be resumed by so many ranks."""
+    if zero == position.zero and (ranks == position.ranks or zero < 3):
+        return
+    why = "at ZeRO 3 the optimizer cannot be dealt out to another number of ranks" if zero == position.zero else "the optimizer lies otherwise at another ZeRO stage"
+    raise CheckpointError(
+        f"{folder} cannot be resumed in this form: {why}",
+        got=f"{ranks} {'rank' if ranks == 1 else 'ranks'} at ZeRO {zero}",
+        expected=f"{position.ranks} {'rank' if position.ranks == 1 else 'ranks'} at ZeRO {position.zero}",
+        cure="start it as it was started before, or begin a new run from the last finished stage (start: RUN/stages/NAME)",
+    )
+
+
+def universal(folder: Path, scratch: Path) -> Path:
+    """A checkpoint of ZeRO 1 or 2 in the form that any number of ranks loads, written to `scratch`; called on all ranks. The folder's hashes have been verified."""
+    if dist.get_rank() == 0:
+        from deepspeed.checkpoint.ds_to_universal import main
+
+        shutil.rmtree(scratch, ignore_errors=True)
+        options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True, "inject_missing_state": False}
+        with writing("the checkpoint for another number of ranks"), redirect_stdout(StringIO()):
+            main(Namespace(input_folder=str(folder / ENGINE), output_folder=str(scratch / ENGINE), **options))
+    dist.barrier()
+    return scratch
+
+
+def restore(folder: Path, engine: Engine, position: Position, converted: Path | None = None) -> None:
+    """Weights, optimizer and random states; called on all ranks. The folder's hashes have been verified. converted: the same in `universal` form, for another number of ranks, whose random states are new.
+
+    Raises CheckpointError where the frozen weights are not those that the run had.
+    """
+    own = frozen_hash(engine.model)
+    if position.zero < 3:
+        fits = own == position.frozen[0]
+    else:
+        fits = own == position.frozen[dist.get_rank()]
+    if not all(engine.gather(fits)):
         raise CheckpointError(
-            f"{folder} cannot be resumed in this form",
-            got=f"{ranks} ranks at ZeRO {zero}",
-            expected=f"{position.ranks} ranks at ZeRO {position.zero}",
-            cure="start it as it was started before",
+            f"the frozen weights are not those with which {folder} was written", cure="restore the folders that model.encoder.path, model.llm.path and start name, as they were"
         )
-    engine.load(str(folder), ENGINE)
+    engine.load(str(converted or folder), ENGINE)
+    if position.ranks != engine.ranks:
+        return
     states = torch.load(folder / f"random-{dist.get_rank()}.pt", weights_only=True)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def frozen_hash(model: nn.Module) -> str:
+    """SHA-256 of the frozen parameters as this rank holds them (at ZeRO 3 its share of them): names, types, bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            held = getattr(parameter, "ds_tensor", parameter).detach().cpu().contiguous()
+            digest.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
+            digest.update(held.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _random_states() -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from vlm.errors import ConfigurationError
 from vlm.prompt import PromptSpec
 from vlm.tiles import Tiling
 
-__all__ = ["OptimizerSpec", "PolicySpec", "RunSpec", "SaveSpec", "ScheduleSpec", "StageSpec"]
+__all__ = ["OptimizerSpec", "PolicySpec", "RunSpec", "SaveSpec", "ScheduleSpec", "StageSpec", "ValidateSpec"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,16 @@ class SaveSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidateSpec:
+    """The loss on samples that are not trained on. every: steps between two looks, and one at a stage's end; 0 for none. samples: of each source, at most. data: name -> data source, by default the run's `eval`. keep_best: the model with a stage's smallest loss stays in `best/STAGE`."""
+
+    every: int = 0
+    samples: int = 256
+    data: Mapping[str, str] = field(default_factory=dict)
+    keep_best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """One training stage.
 
@@ -152,9 +162,15 @@ class RunSpec:
     workers: int = 2
     bad_budget: float = 0.01
     save: SaveSpec = field(default_factory=SaveSpec)
+    validate: ValidateSpec = field(default_factory=ValidateSpec)
     log_every: int = 10
 
     @property
     def folder(self) -> Path:
         """Where the run lies."""
         return Path(self.runs) / self.name
+
+    @property
+    def validated(self) -> Mapping[str, str]:
+        """Name -> data source on which the loss is looked at while training; empty where it is not."""
+        return (self.validate.data or self.eval) if self.validate.every else {}

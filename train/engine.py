@@ -26,6 +26,7 @@ def connect() -> tuple[int, int, torch.device]:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    os.environ.setdefault("DEEPSPEED_TIMEOUT", "60")  # minutes that a rank waits for the others: rank 0 alone checks the data, and its library's 10 are few for large sets
     import deepspeed
 
     if not torch.cuda.is_available():
@@ -39,7 +40,14 @@ def connect() -> tuple[int, int, torch.device]:
         os.environ.setdefault("LOCAL_RANK", "0")  # the engine insists on it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[reportPrivateImportUsage]
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available() and local >= torch.cuda.device_count():
+        raise EnvironmentProblem(
+            f"process {local} of this machine has no GPU",
+            got=f"{torch.cuda.device_count()} visible",
+            cure="start at most one process per GPU, and let each see all GPUs of its node",
+        )
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
@@ -141,10 +149,16 @@ class Engine:
         dist.all_gather_object(found, value)
         return found
 
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set on any rank. Called on all ranks."""
+        return bool(self.sum({"flag": float(flag)})["flag"])
+
     def save(self, folder: str, tag: str) -> None:
-        self.inner.save_checkpoint(folder, tag=tag, save_latest=False)
+        """Trained weights, buffers and optimizer. Frozen weights stay out."""
+        state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # so that DeepSpeed can convert it for another number of ranks
+        self.inner.save_checkpoint(folder, tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: str, tag: str) -> None:
-        found, _ = self.inner.load_checkpoint(folder, tag=tag)
+        found, _ = self.inner.load_checkpoint(folder, tag=tag, load_module_strict=False)
         if found is None:
             raise EnvironmentProblem(f"DeepSpeed finds no checkpoint in {folder}/{tag}", cure="resume from an older step, by removing this folder")

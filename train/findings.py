@@ -25,7 +25,7 @@ class StageReport:
     """One stage.
 
     groups: the ledger. picture_tokens: of a picture of the encoder's own size. picture_range: least and most over the pictures seen. length: steps, samples, epochs.
-    counted: what happens to samples, and how often. breaks: equalities that the adaptations give up. rendered: rows as they are trained on.
+    disk: what it writes. counted: what happens to samples, and how often. breaks: equalities that the adaptations give up. rendered: rows as they are trained on.
     """
 
     name: str
@@ -34,6 +34,7 @@ class StageReport:
     picture_range: tuple[int, int] | None = None
     batch: str | None = None
     length: cost.Length | None = None
+    disk: str | None = None
     counted: dict[str, int] = field(default_factory=dict)
     breaks: list[str] = field(default_factory=list)
     rendered: list[list[Span]] = field(default_factory=list)
@@ -49,7 +50,7 @@ class StageReport:
 
 @dataclass
 class Report:
-    """What `check_run` found. problems: each keeps the run from training as it is written. wrong: paths that have one. exports: what `--to` takes -> what it writes. impossible: the same -> why not."""
+    """What `check_run` found. problems: each keeps the run from training as it is written. wrong: paths that have one. validation: what the loss is looked at on. exports: what `--to` takes -> what it writes. impossible: the same -> why not."""
 
     name: str
     stages: list[StageReport] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)
+    validation: list[str] = field(default_factory=list)
     exports: dict[str, str] = field(default_factory=dict)
     impossible: dict[str, str] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
@@ -77,6 +79,8 @@ class Report:
             console.print(Text(f"{name}: {text}"), soft_wrap=True)
         for stage in self.stages:
             _print_stage(stage, console)
+        for line in self.validation:
+            console.print(Text(f"validation: {line}"), soft_wrap=True)
         for family, text in self.exports.items():
             console.print(Text(f"vlm export --to {family}: {text}"), soft_wrap=True)
         for family, text in self.impossible.items():
@@ -142,5 +146,7 @@ def _facts(stage: StageReport) -> Iterator[str]:
     if stage.length:
         numbers = (("steps", stage.length.steps), ("samples", stage.length.samples), ("epochs", stage.length.epochs))
         yield "length: " + ", ".join(f"{value:,.4g} {name}" if isinstance(value, float) else f"{value:,} {name}" for name, value in numbers if value is not None)
+    if stage.disk:
+        yield f"disk: {stage.disk}"
     yield from (f"{count:,} samples of {note}" for note, count in stage.counted.items())
     yield from (f"does not hold: {text}" for text in stage.breaks)

@@ -21,7 +21,7 @@ from vlm.train.checkpoint import tree_hash
 from vlm.train.config import RunSpec
 from vlm.whole import write_whole
 
-__all__ = ["absolute", "fingerprint", "open_folder", "steps_of", "write_export"]
+__all__ = ["absolute", "check_same", "fingerprint", "open_folder", "steps_of", "write_export"]
 
 
 def absolute(run: RunSpec) -> RunSpec:
@@ -61,6 +61,11 @@ def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
         return
     if not resume:
         raise ConfigurationError(f"the run folder {folder} exists already", cure="add --resume to go on, or give the run another name (name=NAME)")
+    check_same(run, folder)
+
+
+def check_same(run: RunSpec, folder: Path) -> None:
+    """See that a folder is of this run, and that its data are what they were. Raises CheckpointError for another run, DataError for data that changed."""
     written, now = json.loads((folder / "manifest.json").read_text(encoding="utf-8")), _manifest(run)
     if written["fingerprint"] != now["fingerprint"]:
         raise CheckpointError(

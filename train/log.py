@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress line, metrics.jsonl, the same numbers for TensorBoard, and the loss curve."""
+"""What a run says while it goes: a progress line, metrics.jsonl, and the same numbers for TensorBoard."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from vlm.whole import keep_records
 
-__all__ = ["Log", "draw_curve"]
+__all__ = ["Log"]
 
 
 class Log:
@@ -36,7 +36,8 @@ class Log:
             self._board_asked, self._board = True, self._open_board(total)
         self._file.close()
         path = self.folder / "metrics.jsonl"
-        keep_records(path, lambda record: record["total"] <= total)
+        for kept in (path, self.folder / "validation.jsonl"):
+            keep_records(kept, lambda record: record["total"] <= total)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def _open_board(self, total: int) -> Any:
@@ -90,8 +91,23 @@ class Log:
                 self._task, completed=record["step"], facts=f"loss {loss:.3f} {speed / 1000:.1f}k tok/s {supervised} sup wait {wait:.0f}% {record['memory']:.1f}G"
             )
             return
-        facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  supervised {supervised:,}  data wait {wait:.0f} %  memory {record['memory']:.2f} GiB"
+        facts = f"loss {loss:.4f}  {speed:,.0f} tokens/s  supervised {supervised:,}  data wait {wait:.0f} %  memory {record['memory']:.2f} GiB" + (
+            f"  MFU {100 * record['mfu']:.0f} %" if "mfu" in record else ""
+        )
         self.console.print(f"{self._stage} {record['step']}/{self._steps}  {facts}  {left:.0f} s left")
+
+    def validation(self, record: dict[str, Any], best: bool) -> None:
+        """record: stage, step, total, loss, supervised, sources (name -> loss). best: no loss of the stage was as small. Goes to validation.jsonl and, as `validation/...`, to tensorboard/."""
+        if self._file is None:
+            return
+        with open(self.folder / "validation.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for tag, value in _scalars({key: record[key] for key in ("loss", "sources")}, "validation/"):
+                self._board.add_scalar(tag, value, record["total"])
+            self._board.flush()
+        sources = ", ".join(f"{name} {loss:.4f}" for name, loss in record["sources"].items())
+        self.console.print(f"{record['stage']} {record['step']}  validation loss {record['loss']:.4f} ({sources}){', the smallest so far' if best else ''}", markup=False)
 
     def end(self) -> None:
         if self._progress is not None:
@@ -113,27 +129,3 @@ def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and f"{prefix}{key}" not in ("step", "total"):
             yield f"{prefix}{key}", value
-
-
-def draw_curve(folder: Path) -> Path | None:
-    """pictures/loss.png from metrics.jsonl, one colour per stage."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [record for record in map(json.loads, lines) if "loss" in record]
-    if not records:
-        return None
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for stage in dict.fromkeys(record["stage"] for record in records):
-        found = {record["total"]: record["loss"] for record in records if record["stage"] == stage}
-        axes.plot(list(found), list(found.values()), linewidth=0.8, label=stage)
-    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    target = folder / "pictures" / "loss.png"
-    target.parent.mkdir(exist_ok=True)
-    figure.savefig(target, dpi=120)
-    return target

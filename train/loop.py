@@ -4,21 +4,25 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 
 from vlm.errors import DataError, NumericsError
 from vlm.llm.context import Unit
+from vlm.model import VLM
 from vlm.train.bad import BadSamples
 from vlm.train.config import StageSpec
 from vlm.train.engine import Engine
+from vlm.train.flops import arithmetic_of, peak_of
+from vlm.train.gradients import reached, unreached
 from vlm.train.log import Log
 from vlm.train.memory import peak_memory
 from vlm.train.schedule import factor
 from vlm.train.steps import MicroBatch, Step
 
-__all__ = ["one_step", "run_steps"]
+__all__ = ["one_step", "run_steps", "train_mode"]
 
 UNITS: tuple[Unit, ...] = ("token", "vision_token", "document")
 
@@ -37,18 +41,27 @@ def run_steps(
     after: Callable[[int], None],
 ) -> None:
     """Train steps `start`.. `count` - 1 of a stage; after(number of steps done) is called behind each step, for saving."""
-    engine.model.train()
-    _freeze_idle(engine.model)
+    train_mode(engine.model)
+    arithmetic, peak = arithmetic_of(cast(VLM, engine.model)), peak_of(engine.device)
+
+    def speed(record: Mapping[str, Any], seconds: float) -> dict[str, float]:
+        """TFLOP/s of each rank, and MFU where the device's peak is known."""
+        done = arithmetic.step(record["tokens"], record["samples"], record["supervised"], record["pictures"]) / (seconds * engine.ranks)
+        return {"tflops": round(done / 1e12, 4)} | ({"mfu": round(done / peak, 4)} if peak else {})
+
     log.begin(name, start, count)
     try:
         before = time.perf_counter()
         for step in steps:
             fetched = time.perf_counter()
-            record = one_step(engine, step, stage, count, stage.sources)
+            with reached(engine.model) if step.number == start else nullcontext() as found:
+                record = one_step(engine, step, stage, count, stage.sources)
+            for warning in unreached(engine, found) if found is not None else ():
+                log.console.print(f"warning: stage {name}: {warning}", markup=False)
             bad.add(step.number + 1, step.skipped)
             done = time.perf_counter()
             head = {"stage": name, "step": step.number + 1, "total": total_before + step.number + 1}
-            log.step(head | record | {"seconds": round(done - before, 4), "wait": round(fetched - before, 4), "memory": round(peak_memory(), 3)})
+            log.step(head | record | {"seconds": round(done - before, 4), "wait": round(fetched - before, 4), "memory": round(peak_memory(), 3)} | speed(record, done - before))
             before = done
             bad.check(step.number + 1, record.get("skipped", 0))
             after(step.number + 1)
@@ -61,7 +74,8 @@ def one_step(engine: Engine, step: Step, stage: StageSpec, count: int, sources: 
     micro_batches = step.micro_batches
     plan = float(step.plan)
     units = {unit: float(sum(micro.units[unit] for micro in micro_batches)) for unit in UNITS}
-    counts = engine.sum({"plan": plan, "plan_squared": plan**2, "supervised": float(sum(micro.supervised for micro in micro_batches)), **units})
+    pictures = float(sum(picture.cut.pieces if picture.cut else 1 for micro in micro_batches for picture in micro.inputs.get("images") or ()))
+    counts = engine.sum({"pictures": pictures, "plan": plan, "plan_squared": plan**2, "supervised": float(sum(micro.supervised for micro in micro_batches)), **units})
     if engine.ranks * counts["plan_squared"] != counts["plan"] ** 2:  # equality holds for equal numbers only
         raise DataError(
             f"the ranks do not see the same samples at step {step.number + 1}, so they would pack different rows",
@@ -103,6 +117,7 @@ def _record(engine: Engine, step: Step, figures: Mapping[str, float], counts: Ma
         "vision_tokens": int(counts["vision_token"]),
         "supervised": int(counts["supervised"]),
         "samples": int(drawn),
+        "pictures": int(counts["pictures"]),
         "sources": {
             name: {"loss": loss[name] / supervised[name] if supervised[name] else None, "samples": int(count), "share": count / drawn} for name, count in samples.items() if count
         },
@@ -137,8 +152,9 @@ def _check_finite(loss: torch.Tensor, output: Any, micro: MicroBatch, step: int)
     )
 
 
-def _freeze_idle(model: torch.nn.Module) -> None:
-    """A frozen tower runs as at inference, without dropout."""
+def train_mode(model: torch.nn.Module) -> None:
+    """For training; a frozen tower runs as at inference, without dropout."""
+    model.train()
     encoder: torch.nn.Module = model.encoder  # type: ignore[assignment]
     if not any(parameter.requires_grad for parameter in encoder.parameters()):
         encoder.eval()

@@ -3,17 +3,23 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
 
+from vlm.config import ModelSpec
 from vlm.configuration import VLMConfig
+from vlm.errors import Stopped
+from vlm.eval.report_page import SMALL, write_report
 from vlm.generate import prepare
 from vlm.initial import gathered
 from vlm.llm.decoder import set_attention
-from vlm.loading import build, first_model, form, model_folder, read_generation, saved_model
+from vlm.loading import first_model, form, model_folder, read_generation, saved_model
 from vlm.model import VLM
 from vlm.processor import VLMProcessor, load_tokenizer
 from vlm.train import checkpoint
@@ -26,14 +32,17 @@ from vlm.train.findings import Report
 from vlm.train.folder import absolute, fingerprint, open_folder, steps_of, write_export
 from vlm.train.forms import blocks_of, model_at, stage_mixture, stage_processor
 from vlm.train.ledger import check_ledger, ledger_rows, print_ledger
-from vlm.train.log import Log, draw_curve
+from vlm.train.log import Log
 from vlm.train.loop import run_steps
 from vlm.train.memory import find_micro_batch
-from vlm.train.optim import adamw
+from vlm.train.optim import Group, adamw
+from vlm.train.signals import StopSignals
+from vlm.train.space import checkpoint_bytes, writing
 from vlm.train.start import started_model
-from vlm.train.steps import StepData, loader
+from vlm.train.steps import StepData, loader, watched_workers
+from vlm.train.validate import Validation, smallest_loss
 
-__all__ = ["Stage", "fit", "whole_tensors"]
+__all__ = ["Stage", "fit", "report_run", "starting_model", "whole_tensors"]
 
 
 def fit(run: RunSpec, *, resume: bool = False) -> Path:
@@ -41,6 +50,11 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
 
     resume: go on from the newest whole checkpoint. Raises ConfigurationProblems with everything that `vlm check` finds wrong, ConfigurationError for an existing folder without resume.
     """
+    with StopSignals() as asked:
+        return _fit(run, resume, asked)
+
+
+def _fit(run: RunSpec, resume: bool, asked: StopSignals) -> Path:
     rank, ranks, device = connect()
     folder = run.folder
     report = check_run(run, quick=True) if rank == 0 else Report(run.name)
@@ -54,11 +68,12 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
     try:
         for index, name in enumerate(run.stages):
             if not (folder / "stages" / name).is_dir():
-                Stage(run, index, folder, rank, ranks, device, log).train()
+                Stage(run, index, folder, rank, ranks, device, log, asked).train()
         if rank == 0:
             write_export(folder, list(run.stages)[-1])
-            draw_curve(folder)
         dist.barrier()
+        if rank == 0:
+            _report(folder, log)
         exports = "".join(f"    vlm export {folder} --to {family}" for family in report.exports)
         log.console.print(f"finished: {folder}\n  vlm eval {folder}    vlm chat {folder}{exports}")
     finally:
@@ -66,14 +81,50 @@ def fit(run: RunSpec, *, resume: bool = False) -> Path:
     return folder
 
 
+def report_run(run_folder: str | Path) -> Path:
+    """Write the page about a run, finished or not; returns it. Raises CheckpointError for a folder without a run, ConfigurationError for parts that are not known here."""
+    return write_report(run_folder, starting=starting_model)
+
+
+def _report(folder: Path, log: Log) -> None:
+    """The page about a finished run. What keeps it from being written is said in one sentence: the run is whole without it."""
+    try:
+        page = write_report(folder, starting=starting_model, largest=SMALL)
+        log.console.print(f"report: {page}", markup=False)
+    except Exception as problem:
+        log.console.print(f"no report was written ({type(problem).__name__}: {problem}); the run is whole. Try again with: vlm report {folder}", markup=False)
+
+
+def starting_model(run: RunSpec) -> tuple[VLM, VLMProcessor]:
+    """The model before a run's first step, in evaluation mode, and the first stage's processor; torch's random numbers stay as they were. Raises CheckpointError, ConfigurationError."""
+    spec, stage = model_at(run, 0), next(iter(run.stages.values()))
+    processor = stage_processor(VLMProcessor, stage, spec, form(spec, 0).text_config.hidden_size, load_tokenizer(run.model))
+    with torch.random.fork_rng():
+        model = _first(run, spec, processor, None)
+    prepare(model, processor)
+    return model.eval(), processor
+
+
+def _first(run: RunSpec, spec: ModelSpec, processor: VLMProcessor, zero: Mapping[str, Any] | None) -> VLM:
+    """The first stage's model with the weights that it begins with. spec: its form; a padded vocabulary that the run starts from keeps its size."""
+    torch.manual_seed(_seed(run.seed, 0, 0))
+    if run.start is None:
+        return first_model(spec, processor.image_token_id, zero, processor.vocabulary)
+    rows = max(processor.vocabulary, VLMConfig.from_pretrained(model_folder(run.start)).text_config.vocab_size)
+    return started_model(run.start, spec, processor.image_token_id, zero, rows)
+
+
 class Stage:
     """One stage on one rank: what it is trained with, and the training.
 
-    folder: of the run. Raises CheckpointError where there is no tokenizer, DataError for a source that cannot be opened.
+    folder: of the run. asked: whether it is to stop. Raises CheckpointError where there is no tokenizer, DataError for a source that cannot be opened.
     """
 
-    def __init__(self, run: RunSpec, index: int, folder: Path, rank: int, ranks: int, device: torch.device, log: Log):
-        self.run, self.index, self.folder, self.rank, self.device, self.log = run, index, folder, rank, device, log
+    DATA: ClassVar[type[StepData]] = StepData
+    ENGINE: ClassVar[type[Engine]] = Engine
+
+    def __init__(self, run: RunSpec, index: int, folder: Path, rank: int, ranks: int, device: torch.device, log: Log, asked: StopSignals):
+        self.run, self.index, self.folder, self.rank, self.ranks, self.device, self.log, self.asked = run, index, folder, rank, ranks, device, log, asked
         self.name, self.stage = list(run.stages.items())[index]
         self.fingerprint = fingerprint(run)
         self.dtype = precision_of(run.precision, device, self.stage.zero)
@@ -87,7 +138,7 @@ class Stage:
     def _data(self, rank: int, ranks: int) -> StepData:
         stage, sources = self.stage, {name: self.run.data[name] for name in self.stage.sources}
         readers = {name: spec.open() for name, spec in sources.items()}
-        return StepData(
+        return self.DATA(
             readers, stage_mixture(self.run, self.index, {name: len(reader) for name, reader in readers.items()}, blocks_of(readers)), self.processor,
             skip=[name for name, spec in sources.items() if spec.on_bad == "skip"],
             rank=rank, ranks=ranks, micro_batch=1 if stage.micro_batch == "auto" else stage.micro_batch, max_length=stage.max_length, too_long=stage.too_long, pack=stage.pack,
@@ -99,49 +150,51 @@ class Stage:
         position = checkpoint.read_position(found, self.fingerprint) if found else None
         if position is not None and position.stage != self.index:
             position = None
-        model = self.model(fresh=position is None)
-        torch.nn.Module.to(model, self.device)
+        converted = None
+        if position is not None and found is not None:
+            checkpoint.check_ranks(found, position, self.ranks, self.stage.zero)
+            if position.ranks != self.ranks and self.stage.zero:
+                converted = checkpoint.universal(found, self.folder / ".universal")
+                self.config |= {"checkpoint": {"load_universal": True}}
+        model = self.model()
         groups = planned(model, self.stage)
-        optimizer = adamw(groups, self.stage.optimizer)
-        if self.stage.checkpointing:
-            model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.rank == 0:
             print_ledger(groups, self.log.console, f"stage {self.name}: {len(self.data)} steps of {self.stage.batch} samples, ZeRO {self.stage.zero}, {self.dtype}")
             (self.folder / f"ledger-{self.name}.json").write_text(json.dumps(ledger_rows(groups), indent=1), encoding="utf-8")
+        engine = self.engine(model, groups)
+        if position is not None and found is not None:
+            checkpoint.restore(found, engine, position, converted)
+            if converted is not None and self.rank == 0:
+                shutil.rmtree(converted)
+            self.log.console.print(f"stage {self.name} goes on behind step {position.step} of {len(self.data)} ({found})")
+        self._steps(engine, position.step if position else 0, checkpoint_bytes(groups, self.dtype.itemsize))
+        self._save(model)
+
+    def engine(self, model: VLM, groups: Sequence[Group]) -> Engine:
+        """The engine before its first step, with the size of micro-batches known and the rank's random numbers seeded. Raises ConfigurationError where the ledger does not balance."""
+        torch.nn.Module.to(model, self.device)
+        optimizer = adamw(groups, self.stage.optimizer)
+        if self.stage.checkpointing:
+            model.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         check_ledger(groups, model, optimizer)
-        engine = Engine(model, optimizer, self.config, self.device)
+        engine = self.ENGINE(model, optimizer, self.config, self.device)
         if self.stage.micro_batch == "auto":
             self.data.micro_batch = find_micro_batch(engine, self.data, self.folder / f"micro_batch-{self.name}.json", self.log)
         torch.manual_seed(_seed(self.run.seed, self.index, self.rank + 1))
-        if position is not None and found is not None:
-            checkpoint.restore(found, engine, position, self.stage.zero)
-            self.log.console.print(f"stage {self.name} goes on behind step {position.step} of {len(self.data)} ({found})")
-        self._steps(engine, position.step if position else 0)
-        self._save(model)
+        return engine
 
-    def model(self, *, fresh: bool) -> VLM:
-        """The stage's model with the weights that it begins with; not fresh: its form, for the weights of a checkpoint. Raises CheckpointError, ConfigurationError."""
-        model = self._built(fresh)
+    def model(self) -> VLM:
+        """The stage's model with the weights that it begins with, of which a checkpoint replaces those that are trained. Raises CheckpointError, ConfigurationError."""
+        model = self._built()
         llm = self.run.model.llm
         read_generation(model, llm if self.run.start is None else replace(llm, path=str(model_folder(self.run.start)), weights="path"))
         set_attention(model.llm, llm.attention)
         return model
 
-    def _vocabulary(self) -> int:
-        """Rows that the embedding needs; a padded one that the run starts from keeps its own."""
-        if self.run.start is None:
-            return self.processor.vocabulary
-        return max(self.processor.vocabulary, VLMConfig.from_pretrained(model_folder(self.run.start)).text_config.vocab_size)
-
-    def _built(self, fresh: bool) -> VLM:
-        torch.manual_seed(_seed(self.run.seed, self.index, 0))
-        token, vocabulary = self.processor.image_token_id, self._vocabulary()
-        if not fresh:
-            return build(form(self.spec, token, vocabulary), self.config)
-        if self.index == 0 and self.run.start is not None:
-            return started_model(self.run.start, self.spec, token, self.config, vocabulary)
+    def _built(self) -> VLM:
         if self.index == 0:
-            return first_model(self.spec, token, self.config, vocabulary)
+            return _first(self.run, self.spec, self.processor, self.config)
+        torch.manual_seed(_seed(self.run.seed, self.index, 0))
         before = list(self.run.stages)[self.index - 1]
         model = saved_model(self.folder / "stages" / before, self.config)
         if self.spec.newline:
@@ -149,36 +202,71 @@ class Stage:
         model.add_all({name: adaptation for name, adaptation in self.spec.adapt.items() if adaptation.since == self.name})
         return model
 
-    def _steps(self, engine: Engine, start: int) -> None:
+    def _steps(self, engine: Engine, start: int, room: int) -> None:
+        """room: bytes of a checkpoint. Raises Stopped where the run was asked to stop."""
         before = sum(steps_of(self.folder, name) for name in list(self.run.stages)[: self.index])
         count, save = len(self.data), self.run.save
         self.log.rewind(before + start)
 
+        @cache
+        def frozen() -> tuple[str, ...]:
+            return tuple(engine.gather(checkpoint.frozen_hash(engine.model)))
+
+        def validate(done: int) -> None:
+            every = self.run.validate.every
+            if not every or (done % every and done < count):
+                return
+            record = {"stage": self.name, "step": done, "total": before + done, **validation.look(engine)}
+            best = record["loss"] < validation.smallest
+            if best:
+                validation.smallest = record["loss"]
+                if self.run.validate.keep_best:
+                    self._write(cast(VLM, engine.model), self.folder / "best" / self.name, "best.json", record)
+            self.log.validation(record, best)
+
         def after(done: int) -> None:
-            if save.every and done % save.every == 0 and done < count:
-                position = checkpoint.Position(self.index, done, before + done, engine.ranks, self.stage.zero, self.fingerprint)
-                checkpoint.save(self.folder / "resume", engine, position, save.keep)
+            validate(done)  # before the checkpoint, which else would stand behind what is not written yet
+            if done == count:
+                return
+            stop = engine.any(self.asked.name is not None)
+            if stop or (save.every and done % save.every == 0):
+                position = checkpoint.Position(self.index, done, before + done, engine.ranks, self.stage.zero, self.fingerprint, frozen())
+                checkpoint.save(self.folder / "resume", engine, position, save.keep, room)
+            if stop:
+                name = next(name for name in engine.gather(self.asked.name) if name)
+                raise Stopped(
+                    f"{name}: stopped behind step {done} of {count} of stage {self.name}, and saved", cure=f"go on with: vlm train {self.folder / 'config.yaml'} --resume"
+                )
 
         bad = BadSamples(self.folder, self.name, self.rank, self.run.bad_budget, self.data.mixture.samples)
         bad.rewind(start)
         dist.barrier()
         bad.opened(self.data.readers)
+        validation = Validation(self.run, self.stage.batch, self.data, smallest_loss(self.run, self.folder, self.name))
         steps = loader(self.data, start, self.run.workers)
-        run_steps(engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, log=self.log, bad=bad, after=after)
+        with watched_workers(self.run.workers):
+            run_steps(engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, log=self.log, bad=bad, after=after)
 
     def _save(self, model: VLM) -> None:
-        """stages/NAME: weights, configuration, processor; complete or not there."""
-        final = self.folder / "stages" / self.name
-        partial = final.with_name(f".partial-{self.name}")
+        self._write(model, self.folder / "stages" / self.name, "stage.json", {"stage": self.name, "steps": len(self.data)})
+
+    def _write(self, model: VLM, final: Path, file: str, facts: Mapping[str, Any]) -> None:
+        """A folder with weights, configuration, processor, and what is to be known in a JSON file of its own; complete or not there."""
+        partial, old = (final.with_name(f".{word}-{final.name}") for word in ("partial", "old"))
         tensors = whole_tensors(model)
         if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            prepare(model, self.processor)
-            model.save_pretrained(partial, state_dict=tensors)
-            self.processor.save_pretrained(partial)
-            (partial / "stage.json").write_text(json.dumps({"stage": self.name, "steps": len(self.data)}), encoding="utf-8")
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
+            with writing(f"the weights of stage {self.name}"):
+                partial.mkdir(parents=True)
+                prepare(model, self.processor)
+                model.save_pretrained(partial, state_dict=tensors)
+                self.processor.save_pretrained(partial)
+                (partial / file).write_text(json.dumps(facts), encoding="utf-8")
+            if final.exists():
+                os.replace(final, old)
             os.replace(partial, final)
+            shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 
 

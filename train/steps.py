@@ -2,10 +2,15 @@
 
 import itertools
 import math
+import os
 import random
+import signal
+import sys
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from vlm.data.mixture import Mixture
 from vlm.data.packing import pack_rows
 from vlm.data.sample import Sample
-from vlm.errors import DataError, VLMError
+from vlm.errors import DataError, EnvironmentProblem, VLMError
 from vlm.llm.context import Unit
 from vlm.processor import VLMProcessor
 from vlm.row import IGNORE, Row, collate
 
-__all__ = ["MicroBatch", "Step", "StepData", "accumulation", "loader"]
+__all__ = ["MicroBatch", "Step", "StepData", "accumulation", "loader", "watched_workers"]
 
 REPLACEMENTS = 16
 """Samples that are tried in the place of a bad one."""
@@ -208,7 +213,7 @@ def loader(data: StepData, start: int, workers: int) -> Iterator[Step]:
         sampler=range(start, len(data)),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),
     )
     for step in steps:
@@ -230,5 +235,33 @@ class _Told(Dataset[Any]):
             return problem
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    """One thread. What is sent to the run's whole process group or job (by torchrun, Slurm, Ctrl-C) is the run's affair: it stops at a step's boundary, and lets its workers go then."""
     torch.set_num_threads(1)
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # macOS does not tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """SIGTERM from the run ends a worker; torch and multiprocessing rely on that."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def watched_workers(workers: int) -> Iterator[None]:
+    """Around all that runs while workers do: the death of one interrupts whatever the run is at. Raises EnvironmentProblem in the place of torch's RuntimeError."""
+    try:
+        yield
+    except RuntimeError as problem:
+        said = str(problem)
+        if "DataLoader worker (pid" not in said:
+            raise
+        cure = f"set workers: 0 to see which sample it dies of; where the machine's memory ran out (dmesg says so), fewer than workers: {workers}"
+        if "Bus error" in said or "shm" in said:
+            cure = f"shared memory is full (df -h /dev/shm): enlarge it, such as by docker's --shm-size, or set fewer than workers: {workers}"
+        raise EnvironmentProblem("a data worker died while it prepared samples", got=said.partition(". ")[0].strip(), cure=cure) from problem

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from vlm.train.check import check_run as check
     from vlm.train.config import RunSpec
     from vlm.train.stages import fit
+    from vlm.train.stages import report_run as report
 
-__all__ = ["answer", "check", "compose", "connectors", "encoders", "evaluate", "fit", "llm", "load", "objectives"]
+__all__ = ["answer", "check", "compose", "connectors", "encoders", "evaluate", "fit", "llm", "load", "objectives", "report"]
 
 cure_torchvision()
 
@@ -27,6 +28,7 @@ _PLACES = {
     "evaluate": ("vlm.eval.run", "evaluate"),
     "fit": ("vlm.train.stages", "fit"),
     "load": ("vlm.loading", "load"),
+    "report": ("vlm.train.stages", "report_run"),
 }
 
 

@@ -19,7 +19,7 @@ class _Friendly(TyperGroup):
             return super().invoke(ctx)
         except VLMError as problem:
             typer.secho(f"{type(problem).__name__}: {problem}", fg="red", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(problem.exit_code) from None
 
 
 app = typer.Typer(
@@ -53,18 +53,24 @@ def train_command(
     config: Config,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
-    nproc: Annotated[int, typer.Option(help="Processes on this machine; more than one are started through torchrun.")] = 1,
+    nproc: Annotated[str, typer.Option(help="Processes on this machine, or auto: one per GPU. Several are started through torchrun.")] = "1",
+    nodes: Annotated[int, typer.Option(min=1, help="Machines; the same command is started on each.")] = 1,
+    node_rank: Annotated[int | None, typer.Option(help="Which of them this is, from 0; without it their addresses give the order.")] = None,
+    rendezvous: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where several machines find each other: the first of them, and a free port.")] = None,
+    print_only: Annotated[bool, typer.Option("--print-only", help="Only print the same start for torchrun, the DeepSpeed launcher and Slurm.")] = False,
 ) -> None:
     """Train all stages of a run. Example: vlm train llava_tiny data_root=/data"""
-    if nproc > 1:
-        from vlm.train.launch import torchrun
-
-        raise typer.Exit(torchrun(nproc, sys.argv[1:]))
     import vlm
+    from vlm.train.launch import start_ranks
+    from vlm.train.rank import as_rank
 
     run = vlm.compose(config, *(overrides or []))
+    code = start_ranks(sys.argv[1:], run.folder, nproc=nproc, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, print_only=print_only)
+    if code is not None:
+        raise typer.Exit(code)
     try:
-        vlm.fit(run, resume=resume)
+        with as_rank(run.folder):
+            vlm.fit(run, resume=resume)
     except KeyboardInterrupt:
         typer.secho(f"interrupted; go on with: vlm train {run.folder / 'config.yaml'} --resume", err=True)
         raise typer.Exit(130) from None
@@ -94,6 +100,29 @@ def eval_command(
     import vlm
 
     vlm.evaluate(run, stage=stage, file=file, images=images, limit=limit)
+
+
+@app.command("report")
+def report_command(run: Run) -> None:
+    """Write RUN/report.html, a page that needs no network: curves, answers, accuracy, data, speed. `vlm train` does it at its end; again after `vlm eval`. Example: vlm report runs/demo"""
+    import vlm
+
+    typer.echo(vlm.report(run))
+
+
+@app.command("replay")
+def replay_command(
+    run: Run,
+    step: Annotated[int, typer.Option(help="Which: `total` of metrics.jsonl; with --stage the stage's own.")],
+    stage: Annotated[str | None, typer.Option(help="Count the steps of this stage.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder for the samples as text, the pictures as the encoder saw them, and everything as JSON.")] = None,
+) -> None:
+    """Do a step of a run again and say what each of its samples lost; the exit code is 1 where the loss is not what it was. Example: vlm replay runs/demo --step 120"""
+    from vlm.train.replay import replay_step
+
+    done = replay_step(run, step, stage=stage, out=out)
+    done.print()
+    raise typer.Exit(0 if done.exact else 1)
 
 
 @app.command("chat")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal, Self, get_args
 
-__all__ = ["KINDS", "CheckpointError", "ConfigurationError", "DataError", "EnvironmentProblem", "Kind", "NumericsError", "VLMError", "listed"]
+__all__ = ["KINDS", "CheckpointError", "ConfigurationError", "DataError", "EnvironmentProblem", "Kind", "NumericsError", "Stopped", "VLMError", "listed"]
 
 Kind = Literal[
     "placeholder count", "role", "outside of the root", "remote", "missing picture", "too large", "too long", "unsupported", "empty", "unreadable picture", "not JSON", "unreadable file", "other"
@@ -23,6 +23,8 @@ class VLMError(Exception):
     """
 
     _FIELDS: ClassVar[tuple[str, ...]] = ("what", "got", "expected", "cure")
+    exit_code: ClassVar[int] = 1
+    """Of the command that ends with it."""
 
     def __init__(self, what: str, *, got: object = None, expected: object = None, cure: str | None = None):
         self.what, self.got, self.expected, self.cure = what, got, expected, cure
@@ -57,6 +59,12 @@ class CheckpointError(VLMError):
 
 class EnvironmentProblem(VLMError):
     """A package, a device, a disk, a process group."""
+
+
+class Stopped(VLMError):
+    """A run that was asked to stop, and has saved where it stands."""
+
+    exit_code = 75  # EX_TEMPFAIL: try again later
 
 
 class NumericsError(VLMError):

@@ -1,6 +1,6 @@
 """The contract of a connector: what turns the encoder's features into tokens of the decoder's width. Connectors chain through `then`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from vlm.errors import ConfigurationError
 from vlm.features import OUT, SUMMARY, Features, Layouts, Level, TokenLayout
+from vlm.figures import Figure, Seen
 from vlm.initial import draw
 
 __all__ = ["Connector", "ConnectorSpec", "Link"]
@@ -90,6 +91,10 @@ class ConnectorSpec:
     def build(self, encoder: Any, link: Link) -> Connector:
         """The module: structure only. encoder: the encoder's Spec."""
         raise NotImplementedError
+
+    def figures(self, module: nn.Module, seen: Seen) -> Iterable[Figure]:
+        """What a run's report shows of it. module: the trained one, in evaluation mode, without gradients."""
+        return ()
 
     # ---- for connectors that read one stream, or project -------------------------------------------------------------------
 

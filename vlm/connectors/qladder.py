@@ -1,6 +1,6 @@
 """QLadder (Arcana, arXiv 2410.13733): learned queries climb beside the tower's blocks; layer i reads the hidden state that block i reads. Their tokens stand behind the patches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from vlm.connectors import register
 from vlm.connectors.base import Connector, ConnectorSpec, Link
 from vlm.errors import ConfigurationError
 from vlm.features import EXTRA, OUT, SUMMARY, Features, Layouts, Level, Stream, TokenLayout
+from vlm.figures import Figure, Seen
 from vlm.structure import hollow
 
 __all__ = ["QLadder", "QLadderSpec"]
@@ -98,6 +99,15 @@ class QLadderSpec(ConnectorSpec):
     def build(self, encoder: Any, link: Link) -> "QLadder":
         return QLadder(self, encoder, link)
 
+    def figures(self, module: nn.Module, seen: Seen) -> Iterable[Figure]:
+        """Per picture, where the queries look."""
+        assert isinstance(module, QLadder)
+        stream = seen.features.stream(module.own)
+        weights, summary = module.looks(stream)
+        for name, picture, weight, share, grid in zip(seen.names, seen.pictures, weights, summary.tolist(), stream.grids, strict=True):
+            if grid[0] * grid[1] == weight.shape[1]:
+                yield _heat_maps(name, picture, weight.float().cpu().unflatten(1, grid), share, module.used)
+
 
 class QLadder(Connector):
     """Features of a tower whose pictures all have the same number of tokens -> patches, then queries."""
@@ -126,11 +136,25 @@ class QLadder(Connector):
 
     def climb(self, stream: Stream) -> Tensor:
         """The queries (n, Q, D) of n pictures behind the last layer that is used."""
-        count = len(stream.lengths)
-        queries = self.queries.expand(count, -1, -1)
-        for index, layer in enumerate(self.layers[: self.used]):
-            queries = layer(queries, stream.levels[index].view(count, -1, queries.shape[-1]))
+        return self._climbed(stream, self.used)
+
+    def looks(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Of the last layer that is used, the mean over its heads: attention weights (n, Q, P) to the patches of n pictures, and (n,) the share of all queries' weight that goes to summary tokens."""
+        last: Any = self.layers[self.used - 1]
+        queries = self._climbed(stream, self.used - 1)
+        weights = last.looks(queries, self._states(stream, self.used - 1)).mean(1)
+        return weights[..., stream.prefix :], weights[..., : stream.prefix].sum(-1).mean(-1)
+
+    def _climbed(self, stream: Stream, layers: int) -> Tensor:
+        """The queries (n, Q, D) behind the first layers."""
+        queries = self.queries.expand(len(stream.lengths), -1, -1)
+        for index, layer in enumerate(self.layers[:layers]):
+            queries = layer(queries, self._states(stream, index))
         return queries
+
+    def _states(self, stream: Stream, layer: int) -> Tensor:
+        """The hidden states (n, S, D) that a layer reads."""
+        return stream.levels[layer].view(len(stream.lengths), -1, self.queries.shape[-1])
 
     def unused(self) -> list[nn.Parameter]:
         return [parameter for layer in self.layers[self.used :] for parameter in layer.parameters()]
@@ -200,3 +224,39 @@ class LadderLayer(nn.Module):
                 module.weight.copy_(given.weight)  # type: ignore[union-attr]
             bias = None if given is None else given.bias
             module.bias.zero_() if bias is None else module.bias.copy_(bias)  # type: ignore[union-attr]
+
+
+SHOWN = 16
+"""Queries whose heat maps a report shows."""
+COLOUR = (1.0, 0.35, 0.1)
+"""Red, green, blue of what a query looks at."""
+
+
+def _heat_maps(name: str, picture: Any, weights: Tensor, summary: float, layer: int) -> Figure:
+    """A panel per query over the picture (H, W, 3). weights: (Q, rows, columns) on the patches; summary: share of the queries' weight that is not in them."""
+    maps = weights / weights.sum((1, 2), keepdim=True).clamp(min=1e-12)
+    places = torch.special.entr(maps).sum((1, 2)).exp()
+    chosen = places.argsort()[:SHOWN].tolist()
+    across = min(6, len(chosen) + 1)
+    lines = -(-(len(chosen) + 1) // across)
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(lines, across, squeeze=False).flatten()
+        height, width = picture.shape[:2]
+        for panel in panels:
+            panel.axis("off")
+        panels[0].imshow(picture)
+        panels[0].set_title("the picture", fontsize=8)
+        for panel, query in zip(panels[1:], chosen, strict=False):
+            panel.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=255)
+            strength = (0.8 * maps[query] / maps[query].max())[..., None]
+            covered = torch.cat([torch.tensor(COLOUR).expand(*strength.shape[:2], 3), strength], -1)
+            panel.imshow(covered.numpy(), extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+            panel.set_title(f"query {query}: {places[query]:.1f}", fontsize=8)
+
+    which = f"All {len(maps)} queries" if len(chosen) == len(maps) else f"The {len(chosen)} of {len(maps)} queries that look at the fewest patches"
+    caption = (
+        f"{which}, with how many of the {maps.shape[1]} x {maps.shape[2]} patches they look at (the exponential of the entropy). Strong colour: the patch to which the query gives most, in layer {layer} "
+        f"of the ladder, mean over its heads. Summary tokens, which have no place here, get {100 * summary:.0f} % of all weight."
+    )
+    return Figure(f"Where the queries look: {name}", caption, draw, size=(1.5 * across, 0.2 + 1.65 * lines))

@@ -43,7 +43,7 @@ class Mixture:
         batch: int,
         seed: int,
         stage: int,
-        epochs: float | None = None,
+        epochs: float | Fraction | None = None,
         steps: int | None = None,
         blocks: Mapping[str, Sequence[int]] | None = None,
     ):
@@ -132,7 +132,7 @@ def _take_turns(weights: NDArray[np.float64], first: int, stop: int) -> tuple[ND
     return sources[order], draws[order]
 
 
-def _check(sizes: Mapping[str, int], weights: Mapping[str, float] | None, batch: int, seed: int, epochs: float | None, steps: int | None) -> None:
+def _check(sizes: Mapping[str, int], weights: Mapping[str, float] | None, batch: int, seed: int, epochs: float | Fraction | None, steps: int | None) -> None:
     if empty := [name for name, size in sizes.items() if size < 1]:
         raise ConfigurationError(f"the data sources {', '.join(empty)} hold no samples", cure="leave them out")
     if not sizes:

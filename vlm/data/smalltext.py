@@ -1,7 +1,7 @@
 """Small text at high resolution: six small digits in the nine cells of a page, drawn from a seed.
 
-A page has 216 pixels a side and a digit some 11. Shrunk to 27 pixels a digit is a grey spot of one or two. So of a tower that sees the small picture the questions where a
-digit is say that it works, and the questions which digit it is that it cannot read.
+A page has 216 pixels a side and a digit some 11, with specks of its ink around it. Shrunk to 12 pixels a digit is a grey spot. Of a tower that sees this, the questions where
+digits are say that it works, and the questions which they are that it cannot read. Clean print would not do: how a small network reads a digit from two grey pixels, nobody sees.
 """
 
 import random
@@ -20,6 +20,7 @@ __all__ = ["Page", "draw_page", "paint_page", "questions_about", "reading", "wri
 GRID, CELL = 3, 72  # cells a side; pixels a cell
 FONT, SHIFT = 15, 2  # size of the font, of which a digit's height is seven tenths; how far from the middle of its cell a digit may lie; pixels
 PAPER, INK = 16, (120, 255)  # brightness; the ink's by chance, so that how bright a spot is does not give the digit away
+SPECKS, AROUND = 30, 8  # how many at most, pixels each; how far from the middle of the digit
 FILLED = 6
 PLACES = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 
@@ -34,14 +35,17 @@ def draw_page(rng: random.Random) -> Page:
 
 
 def paint_page(page: Page, rng: random.Random) -> Image.Image:
-    """The picture (grey, 216 x 216). Places in the cell and brightness vary with `rng`."""
+    """The picture (grey, 216 x 216). Places in the cell, brightness and specks vary with `rng`."""
     picture = Image.new("L", (GRID * CELL, GRID * CELL), PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
     for cell, digit in enumerate(page):
         if digit is None:
             continue
         x, y = ((index + 0.5) * CELL + rng.uniform(-SHIFT, SHIFT) for index in (cell % GRID, cell // GRID))
-        draw.text((x, y), digit, rng.randint(*INK), font, anchor="mm")
+        ink = rng.randint(*INK)
+        draw.text((x, y), digit, ink, font, anchor="mm")
+        for _ in range(rng.randint(0, SPECKS)):
+            draw.point((x + rng.uniform(-AROUND, AROUND), y + rng.uniform(-AROUND, AROUND)), ink)
     return picture
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vlm.features import Features, ImageInput, Layouts, Level, TokenLayout
+from vlm.figures import Figure, Seen
 from vlm.initial import draw
 
 __all__ = ["BlockShape", "BlockWeights", "Encoder", "EncoderSpec", "FixedSizeSpec", "Mode", "Triple"]
@@ -139,6 +140,10 @@ class EncoderSpec:
     def build(self) -> Encoder:
         """The module: structure only."""
         raise NotImplementedError
+
+    def figures(self, module: nn.Module, seen: Seen) -> Iterable[Figure]:
+        """What a run's report shows of it. module: the trained one, in evaluation mode, without gradients."""
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)

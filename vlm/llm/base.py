@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from torch import nn
 
 from vlm.errors import ConfigurationError
+from vlm.figures import Figure, Seen
 
 if TYPE_CHECKING:
     from vlm.llm.context import Scope
@@ -70,6 +71,10 @@ class AdaptationSpec:
 
     def breaks(self) -> Sequence[str]:
         """The equalities of DESIGN rule 3 that do not hold, each with the setting under which they do."""
+        return ()
+
+    def figures(self, part: nn.Module, seen: Seen) -> Iterable[Figure]:
+        """What a run's report shows of it. part: the trained part that it changed, in evaluation mode, without gradients."""
         return ()
 
 

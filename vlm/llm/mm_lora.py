@@ -3,10 +3,12 @@
 They are two adapters of peft's, `vision` and `language`, in one layer; the token's type decides which counts.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
@@ -14,6 +16,7 @@ from peft.tuners.lora.layer import Linear as LoRALinear
 from torch import Tensor, nn
 
 from vlm.errors import ConfigurationError
+from vlm.figures import Figure, Seen
 from vlm.llm import register
 from vlm.llm.base import AdaptationSpec
 from vlm.llm.context import Scope, TokenContext
@@ -121,6 +124,13 @@ class MMLoRASpec(AdaptationSpec):
         """The routed layers by path, in a decoder that carries them."""
         return self._targets.carrying(part, lambda module: isinstance(module, MMLoRALinear))
 
+    def figures(self, part: nn.Module, seen: Seen) -> Iterable[Figure]:
+        """How far training moved each linear, for pictures and for text."""
+        found = self.layers(part)
+        if found:
+            weights = {path: float(layer.get_base_layer().weight.float().norm()) for path, layer in found.items()}
+            yield _norm_maps({modality: {path: layer.update_norm(modality) for path, layer in found.items()} for modality in self.adapters}, weights)
+
 
 def _is_rank(value: float) -> bool:
     return value == int(value) >= 0
@@ -173,6 +183,11 @@ class MMLoRALinear(LoRALinear):
         down, up = self._weight(self.lora_A, name), self._weight(self.lora_B, name)
         return (F.linear(F.linear(self.drop(x.to(down.dtype), None), down), up) * self.scaling[name]).to(x.dtype)
 
+    def update_norm(self, name: str) -> float:
+        """Frobenius norm of the update scale * B A, through the products of a rank's size: |B A|^2 = tr(B^T B A A^T)."""
+        down, up = self._weight(self.lora_A, name).double(), self._weight(self.lora_B, name).double()
+        return float(self.scaling[name]) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0)) ** 0.5
+
     def drop(self, x: Tensor, vision: Tensor | None) -> Tensor:
         """Dropout with the rate of each token's modality. vision: (...) bool, None = no token of a picture. The one place of this layer that draws random numbers."""
         rates = {modality: float(getattr(dropout, "p", 0.0)) for modality, dropout in self.lora_dropout.items()}
@@ -218,3 +233,43 @@ class MMLoRALinear(LoRALinear):
         raise ConfigurationError(
             "mm_lora cannot be merged: which update a token takes depends on what it is", cure="keep it, or merge the language side alone for text: `vlm merge --text-only`"
         )
+
+
+def _norm_maps(norms: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> Figure:
+    """Two heat maps per modality, layer by target. norms: modality -> path -> norm of the update; weights: path -> norm of the weight beside it."""
+    places = {path: _place(path) for path in weights}
+    rows, columns = (list(dict.fromkeys(place[axis] for place in places.values())) for axis in (0, 1))
+    relative = {modality: {path: 100 * norm / weights[path] if weights[path] else math.nan for path, norm in found.items()} for modality, found in norms.items()}
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(2, len(norms), squeeze=False)
+        for line, (told, values, form) in enumerate((("|update|", norms, ".2f"), ("|update| / |W| in %", relative, ".1f"))):
+            top = max((value for found in values.values() for value in found.values() if value == value), default=0.0) or 1.0
+            for panel, (modality, found) in zip(panels[line], values.items(), strict=True):
+                image = np.full((len(rows), len(columns)), np.nan)
+                for path, value in found.items():
+                    image[rows.index(places[path][0]), columns.index(places[path][1])] = value
+                panel.imshow(image, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+                for (row, column), value in np.ndenumerate(image):
+                    if value == value:
+                        panel.text(column, row, f"{value:{form}}", ha="center", va="center", fontsize=7, color="white" if value > 0.6 * top else "black")
+                panel.set_title(f"{modality}: {told}", fontsize=9)
+                panel.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=7)
+                panel.set_yticks(range(len(rows)), rows, fontsize=7)
+
+    caption = (
+        f"Frobenius norms of scale * B A per layer (down) and target (across): {' beside '.join(norms)}. "
+        + "; ".join(f"{modality}: mean {_mean(relative[modality]):.2f} % of the weight's norm, at most {max(relative[modality].values()):.2f} %" for modality in norms)
+        + ". Maps of one row share their colours."
+    )
+    return Figure("MM-LoRA: how far training moved the linears", caption, draw, size=(4.5 * len(norms) + 0.5, 2.4 + 0.5 * len(rows)))
+
+
+def _place(path: str) -> tuple[str, str]:
+    """Layer and target of a linear: `model.layers.3.self_attn.q_proj` -> ("3", "q_proj")."""
+    parts = path.split(".")
+    return next((part for part in parts if part.isdigit()), ""), parts[-1]
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
