@@ -3,11 +3,12 @@
 import gc
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,10 +18,12 @@ from vlm.eval.report import MAX_NEW_TOKENS
 from vlm.eval.report_html import Html, Section, cell, data_uri, figure, note
 from vlm.eval.report_run import Written
 from vlm.eval.score import Question, matches, questions
+from vlm.features import ImageInput
 from vlm.figures import Figure, Seen
 from vlm.generate import answer_all
 from vlm.images import LIMITS, open_picture
 from vlm.loading import load
+from vlm.seen import as_seen
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -167,7 +170,7 @@ def _figures(model: "VLM", processor: "VLMProcessor", chosen: Sequence[Question]
     pieces = [one.pieces()[0] for one in inputs]
     features = model.encoder([piece.to(model.device, model.dtype) for piece in pieces], model.reads)
     names = [f"“{pictures[picture]}”" for picture in some] or ["a black picture"]
-    seen = Seen(names, [_view(piece.views, model.spec.encoder) for piece in pieces], features)
+    seen = Seen(names, [_view(model.spec.encoder, piece) for piece in pieces], features)
     found: list[tuple[str, Figure]] = []
     told: list[str] = []
 
@@ -187,16 +190,10 @@ def _figures(model: "VLM", processor: "VLMProcessor", chosen: Sequence[Question]
     return found, told
 
 
-def _view(views: Mapping[str, Any], encoder: Any) -> Any:
-    """What the encoder reads (3, H, W), as a picture (H, W, 3) uint8; of several views the last, which of a pair is the low one."""
-    name = list(views)[-1]
-    view, tower = views[name].float().cpu(), encoder.towers.get(name, encoder)
-    mean, std = (getattr(tower, statistic, None) for statistic in ("mean", "std"))
-    if mean is not None and std is not None:
-        view = view * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    else:
-        view = (view - view.min()) / (view.max() - view.min()).clamp(min=1e-6)
-    return (view.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+def _view(encoder: Any, piece: ImageInput) -> Any:
+    """What the encoder reads, as a picture (H, W, 3) uint8; of several views the last, which of a pair is the low one."""
+    shown = [picture for _, picture in as_seen(encoder, piece)]
+    return np.asarray(shown[-1] if shown else Image.new("RGB", (16, 16)))
 
 
 # ---- on the page -----------------------------------------------------------------------------------------------------------

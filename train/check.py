@@ -311,7 +311,7 @@ class _Check:
 
         from vlm.train.engine import precision_of
 
-        if not self.run.stages or any(not report.groups for report in self.report.stages):
+        if not self.run.stages or any(not report.groups for report in self.report.stages) or any(path.endswith(".deepspeed") for path in self.report.wrong):
             return
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         largest = total = 0

@@ -136,7 +136,7 @@ def check_ranks(folder: Path, position: Position, ranks: int, zero: int) -> None
         f"{folder} cannot be resumed in this form: {why}",
         got=f"{ranks} {'rank' if ranks == 1 else 'ranks'} at ZeRO {zero}",
         expected=f"{position.ranks} {'rank' if position.ranks == 1 else 'ranks'} at ZeRO {position.zero}",
-        cure="start it as it was started before, or begin a new run from the last finished stage (start: RUN/stages/NAME)",
+        cure=f"start it as it was started before (one machine: --nproc {position.ranks}), or begin a new run from the last finished stage (start: RUN/stages/NAME)",
     )
 
 

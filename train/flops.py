@@ -62,7 +62,7 @@ def _seeing(model: VLM) -> float:
     """Encoder and connectors for one picture, counted on the meta device. A frozen encoder runs forward only."""
     spec = model.spec
     with hollow():
-        encoder, parts = spec.encoder.build(), [part.build(spec.encoder, link) for part, link in model.chain]
+        encoder, parts = spec.encoder.build(), [part.build(spec.encoder, link).requires_grad_(False) for part, link in model.chain]  # torch's counter looks for graphs else
     pictures = [spec.encoder.dummy().to(torch.device("meta"))]
     with torch.no_grad():
         with FlopCounterMode(display=False) as of_encoder:

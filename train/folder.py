@@ -17,6 +17,7 @@ import yaml
 from vlm.composition import resolved
 from vlm.connectors.base import ConnectorSpec
 from vlm.errors import CheckpointError, ConfigurationError, DataError
+from vlm.processor import load_tokenizer
 from vlm.train.checkpoint import tree_hash
 from vlm.train.config import RunSpec
 from vlm.whole import write_whole
@@ -74,6 +75,11 @@ def check_same(run: RunSpec, folder: Path) -> None:
             expected=written["fingerprint"][:12],
             cure=f"resume with {folder / 'config.yaml'}, or start a new run under another name",
         )
+    if written["tokenizer"] != now["tokenizer"]:
+        raise CheckpointError(
+            f"the tokenizer of {folder} changed since the run began, so words would have other ids",
+            cure="bring back the folder that llm.tokenizer or llm.path names, or start a new run",
+        )
     changed = [name for name, source in written["sources"].items() if source["sha256"] != now["sources"][name]["sha256"]]
     if changed:
         raise DataError(
@@ -92,7 +98,8 @@ def _manifest(run: RunSpec) -> dict[str, Any]:
     used = dict.fromkeys(source for stage in run.stages.values() for source in stage.sources)
     readers = {name: run.data[name].open() for name in used}
     sources = {name: {"file": run.data[name].file, "sha256": reader.file_hash(), "samples": len(reader)} for name, reader in readers.items()}
-    return {"fingerprint": fingerprint(run), "seed": run.seed, "sources": sources}
+    words = load_tokenizer(run.model)
+    return {"fingerprint": fingerprint(run), "seed": run.seed, "tokenizer": tree_hash([words.get_vocab(), words.special_tokens_map]), "sources": sources}
 
 
 def _environment() -> dict[str, Any]:

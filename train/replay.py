@@ -19,6 +19,7 @@ from vlm.data.sample import Picture, Sample
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.folders import taken
 from vlm.row import Row
+from vlm.seen import as_seen
 from vlm.train import checkpoint
 from vlm.train.check_data import spans_of
 from vlm.train.config import RunSpec
@@ -27,7 +28,6 @@ from vlm.train.engine import Engine, connect
 from vlm.train.folder import check_same
 from vlm.train.log import Log
 from vlm.train.loop import one_step, train_mode
-from vlm.train.seen import as_seen
 from vlm.train.signals import StopSignals
 from vlm.train.stages import Stage
 from vlm.train.steps import MicroBatch, Step, StepData, loader, watched_workers

@@ -234,8 +234,9 @@ class Stage:
                 checkpoint.save(self.folder / "resume", engine, position, save.keep, room)
             if stop:
                 name = next(name for name in engine.gather(self.asked.name) if name)
+                ranks = f" --nproc {self.ranks}" if self.ranks > 1 else ""
                 raise Stopped(
-                    f"{name}: stopped behind step {done} of {count} of stage {self.name}, and saved", cure=f"go on with: vlm train {self.folder / 'config.yaml'} --resume"
+                    f"{name}: stopped behind step {done} of {count} of stage {self.name}, and saved", cure=f"go on with: vlm train {self.folder / 'config.yaml'} --resume{ranks}"
                 )
 
         bad = BadSamples(self.folder, self.name, self.rank, self.run.bad_budget, self.data.mixture.samples)

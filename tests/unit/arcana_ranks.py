@@ -1,5 +1,6 @@
-"""What test_arcana_run.py runs under torchrun, once per ZeRO stage: one SGD step on fixed rows, and an interrupted run, both of a small Arcana."""
+"""What test_arcana_run.py runs under torchrun, once per ZeRO stage: one SGD step on fixed rows in every family of decoders, and an interrupted run, of a small Arcana."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,7 +15,10 @@ MM_LORA = "model.adapt={mm_lora: {since: SINCE, rank: {vision: 3, language: 4}, 
 
 def main(root: Path, out: Path, zero: int) -> None:
     rank, ranks, device = connect()
-    sgd_step(root, out, zero, rank, ranks, device, options=(LADDER, MM_LORA.replace("SINCE", "align").replace("DROPOUT", "0.0")))
+    arcana = (LADDER, MM_LORA.replace("SINCE", "align").replace("DROPOUT", "0.0"))
+    for family in tiny.FAMILIES:
+        (out / family).mkdir(exist_ok=True)
+        sgd_step(root, out / family, zero, rank, ranks, device, options=(*arcana, f"model.llm.config={json.dumps(tiny.llm_config(family))}"))
     interrupted(root, out, zero, MM_LORA)
 
 

@@ -108,6 +108,18 @@ def test_an_existing_folder_is_not_overwritten(root: Path, whole: Path) -> None:
         run(root, whole.parent, "whole")
 
 
+def test_another_tokenizer_is_refused(root: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    tiny.tokenizer().save_pretrained(words)
+    with stopped_at(2):
+        run(root, tmp_path, "cut", "save.every=1", f"model.llm.tokenizer={words}")
+    changed = tiny.tokenizer()
+    changed.add_tokens(["another"])
+    changed.save_pretrained(words)
+    with pytest.raises(CheckpointError, match="the tokenizer of .* changed since the run began"):
+        run(root, tmp_path, "cut", "save.every=1", f"model.llm.tokenizer={words}", resume=True)
+
+
 def test_resume_into_another_model_is_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "write_export", lambda *_: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):

@@ -4,6 +4,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from vlm.errors import ConfigurationError
+from vlm.folders import taken
+
 __all__ = ["CHAT_TEMPLATE", "SPECIAL", "write_tokenizer"]
 
 SPECIAL = {"image_token": "<image>", "start_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -19,6 +22,8 @@ def write_tokenizer(folder: Path, texts: Iterable[str], size: int = 512) -> int:
     """Train a byte-level BPE of at most `size` tokens, with picture placeholder, ChatML marks and chat template, in the files that AutoTokenizer reads. Returns its length."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    if taken(folder):
+        raise ConfigurationError(f"{folder} holds something already", cure="give another folder, or remove it: models that were trained with a tokenizer need it as it is")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
