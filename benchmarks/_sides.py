@@ -20,6 +20,7 @@ from vlm.train.log import Log
 from vlm.train.loop import one_step
 from vlm.train.memory import peak_memory
 from vlm.train.optim import adamw
+from vlm.train.signals import StopSignals
 from vlm.train.stages import Stage
 from vlm.train.steps import Step, loader
 from vlm.weights import llava
@@ -67,9 +68,9 @@ class Ours:
         self.log = Log(self.folder, 0, 10**9)
         self.log.console.quiet = True
         self.log.begin("bench", 0, steps + 1)
-        self.parts = Stage(self.run, 0, self.folder, rank, ranks, device, self.log)
+        self.parts = Stage(self.run, 0, self.folder, rank, ranks, device, self.log, StopSignals())
         self.stage, self.data, self.processor = self.parts.stage, self.parts.data, self.parts.processor
-        self.model = self.parts.model(fresh=True)
+        self.model = self.parts.model()
 
     def export(self, folder: Path) -> Path:
         """The weights as they are now, for transformers' class."""

@@ -151,8 +151,8 @@ def test_what_stops_goes_on_and_what_fails_is_told(root: Path, tmp_path: Path, s
     def begin(fail: Callable[[str, int], None]) -> Comparison:
         save = checkpoint.save
 
-        def saved(folder: Path, engine: Any, position: checkpoint.Position, keep: int) -> Path:
-            made = save(folder, engine, position, keep)
+        def saved(folder: Path, engine: Any, position: checkpoint.Position, *more: int) -> Path:
+            made = save(folder, engine, position, *more)
             fail(folder.parent.name, position.total)
             return made
 
