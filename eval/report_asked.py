@@ -1,38 +1,35 @@
-"""The part of a run's report that needs its models: what they answer to a few questions before, between and after the stages, and the pictures that the parts show of themselves."""
+"""The part of a run's report that needs its models: what they answer to a few questions before, between and after the stages; the newest also shows its parts."""
 
 import gc
 import io
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from PIL import Image
 
 from vlm.data.sample import Picture
 from vlm.errors import DataError, VLMError
-from vlm.eval.report import MAX_NEW_TOKENS
-from vlm.eval.report_html import Html, Section, cell, data_uri, figure, note
+from vlm.eval.report_html import Html, Section, cell, data_uri, note
+from vlm.eval.report_parts import figures
 from vlm.eval.report_run import Written
-from vlm.eval.score import Question, matches, questions
-from vlm.features import ImageInput
-from vlm.figures import Figure, Seen
+from vlm.eval.score import Question, matches, questions, spread
+from vlm.eval.scores import MAX_NEW_TOKENS
+from vlm.figures import Figure
 from vlm.generate import answer_all
 from vlm.images import LIMITS, open_picture
 from vlm.loading import load
-from vlm.seen import as_seen
 
 if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["Asked", "ask", "parts", "samples"]
+__all__ = ["Asked", "ask", "samples"]
 
-QUESTIONS, LOOKED_THROUGH, PICTURES = 8, 400, 3
-"""How many are asked, of so many samples of each source; and how many pictures the parts see."""
+QUESTIONS, LOOKED_THROUGH = 8, 400
+"""About how many are asked, shared among the sources; of so many samples of each."""
 COLLECTED = 100_000_000
 """Parameters from which a model is worth the half second that Python takes to free it for certain before the next is loaded."""
 SIDE = 320
@@ -99,7 +96,7 @@ def _one_model(asked: Asked, when: str, loaded: Loaded, *, show: bool) -> None:
         texts = {number: f"{one.text}{' …' if one.finish_reason == 'length' else ''}" for number, one in zip(numbers, said, strict=True)}
         asked.answers[when] = [texts.get(number) for number in range(len(asked.chosen))]
     if show:
-        asked.figures, told = _figures(model, processor, [asked.chosen[number] for number in numbers])
+        asked.figures, told = figures(model, processor, [asked.chosen[number] for number in numbers])
         asked.told += told
 
 
@@ -108,15 +105,13 @@ def _one_model(asked: Asked, when: str, loaded: Loaded, *, show: bool) -> None:
 
 def _choose(written: Written, asked: Asked) -> None:
     """Questions of the `eval` sources, else of the last stage's, kinds in turn; their pictures, shrunk."""
-    names = list(dict.fromkeys(written.run.eval.values()))
-    asked.held_out = bool(names)
-    for name in names or list(written.run.stages.values())[-1].sources:
+    asked.held_out = bool(written.run.eval)
+    names = list(dict.fromkeys(written.run.eval.values())) or list(list(written.run.stages.values())[-1].sources)
+    for name in names:
         try:
             reader = written.run.data[name].open()
-            size = len(reader)
-            count = min(size, LOOKED_THROUGH)
-            found = [question for number in range(count) for question in _questions(reader, number * size // count)]
-            asked.chosen += _kinds_in_turn(found, QUESTIONS // max(1, len(names)) or 1)
+            found = [question for number in spread(len(reader), LOOKED_THROUGH) for question in _questions(reader, number)]
+            asked.chosen += _kinds_in_turn(found, max(1, QUESTIONS // len(names)))
         except (VLMError, OSError) as problem:
             asked.told.append(f"Source {name} could not be opened: {problem}")
     for number, question in enumerate(asked.chosen):
@@ -138,8 +133,8 @@ def _kinds_in_turn(found: Sequence[Question], count: int) -> list[Question]:
     by_kind: dict[str, list[Question]] = {}
     for question in found:
         by_kind.setdefault(question.kind, []).append(question)
-    spread = {kind: [ones[place * len(ones) // min(count, len(ones))] for place in range(min(count, len(ones)))] for kind, ones in by_kind.items()}
-    turns = [ones[place] for place in range(count) for ones in spread.values() if place < len(ones)]
+    some = [[ones[place] for place in spread(len(ones), count)] for ones in by_kind.values()]
+    turns = [ones[place] for place in range(count) for ones in some if place < len(ones)]
     return turns[:count]
 
 
@@ -156,44 +151,6 @@ def _encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **settings)
     return buffer.getvalue()
-
-
-# ---- what parts show -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _figures(model: "VLM", processor: "VLMProcessor", chosen: Sequence[Question]) -> tuple[list[tuple[str, Figure]], list[str]]:
-    """(part, figure) of every part that shows something, and a sentence for each that failed."""
-    pictures = {picture: question.text for question in chosen for picture in question.sample.pictures}
-    some = list(pictures)[:PICTURES]
-    inputs = [processor.see(picture) for picture in some] or [model.spec.encoder.dummy()]
-    pieces = [one.pieces()[0] for one in inputs]
-    features = model.encoder([piece.to(model.device, model.dtype) for piece in pieces], model.reads)
-    names = [f"“{pictures[picture]}”" for picture in some] or ["a black picture"]
-    seen = Seen(names, [_view(model.spec.encoder, piece) for piece in pieces], features)
-    found: list[tuple[str, Figure]] = []
-    told: list[str] = []
-
-    def collect(name: str, shown: Callable[[], Iterable[Figure]]) -> None:
-        try:
-            found.extend((name, one) for one in shown())
-        except Exception as problem:  # a part of anybody's
-            told.append(f"The part {name} has a picture to show, and failed: {type(problem).__name__}: {problem}")
-
-    collect("encoder", lambda: model.spec.encoder.figures(model.encoder, seen))
-    handed = seen
-    for (spec, _), (name, part) in zip(model.chain, model.connector.items(), strict=True):
-        collect(f"connector.{name}", lambda spec=spec, part=part, handed=handed: spec.figures(part, handed))
-        handed = replace(handed, features=part(handed.features))
-    for name, adaptation in model.spec.adapt.items():
-        collect(f"{adaptation.part}.{name}", lambda adaptation=adaptation: adaptation.figures(model.part(adaptation), seen))
-    return found, told
-
-
-def _view(encoder: Any, piece: ImageInput) -> Any:
-    """What the encoder reads, as a picture (H, W, 3) uint8; of several views the last, which of a pair is the low one."""
-    shown = [picture for _, picture in as_seen(encoder, piece)]
-    return np.asarray(shown[-1] if shown else Image.new("RGB", (16, 16)))
 
 
 # ---- on the page -----------------------------------------------------------------------------------------------------------
@@ -238,17 +195,3 @@ def _answer(text: str | None, truth: str) -> Html:
     if not text:
         return Html("<i>nothing</i>")
     return Html(f'<span class="right">{cell(text)} ✓</span>') if matches(text, truth) else cell(text)
-
-
-def parts(asked: Asked, folder: Path) -> Section:
-    """The figures of the parts, which are also written into a folder, as PART-NUMBER.png. What fails becomes a sentence."""
-    body: list[Html] = []
-    for number, (name, one) in enumerate(asked.figures, 1):
-        try:
-            data = one.png()
-            folder.mkdir(exist_ok=True)
-            (folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}-{number}.png").write_bytes(data)
-            body.append(figure(data, one.title, one.caption))
-        except Exception as problem:  # a part of anybody's
-            body.append(note(f"The picture {one.title!r} of the part {name} could not be drawn: {type(problem).__name__}: {problem}", "warning"))
-    return Section("parts", "Inside the parts", body)

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
+from typing import Any
 
 from vlm.eval.report_html import Html
+from vlm.figures import drawn
 
 __all__ = ["POINTS", "Chart", "Curve", "thinned"]
 
@@ -41,31 +42,29 @@ class Chart:
         steps, values = [step for _, points in lines for step, _ in points], [value for _, points in lines for _, value in points]
         across = _Scale(min(steps), max(steps), LEFT, WIDTH - 8)
         up = _Scale(min(values), max(values), HEIGHT - BOTTOM, TOP, log=self.log and min(values) > 0, zero=not self.log)
-        drawn = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>' for tick in up.ticks()]
-        drawn += [f'<text x="{LEFT - 7}" y="{up(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>' for tick in up.ticks()]
-        drawn += [f'<text x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_short(tick)}</text>' for tick in across.ticks() if tick == int(tick)]
+        shapes = [f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>' for tick in up.ticks()]
+        shapes += [f'<text x="{LEFT - 7}" y="{up(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>' for tick in up.ticks()]
+        shapes += [f'<text x="{across(tick):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{_short(tick)}</text>' for tick in across.ticks() if tick == int(tick)]
         for step, name in self.marks:
             at = across(step)
-            drawn += [f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>', f'<text x="{at:.1f}" y="{TOP - 7}">{escape(name)}</text>']
+            shapes += [f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>', f'<text x="{at:.1f}" y="{TOP - 7}">{escape(name)}</text>']
         legend = []
         for index, (curve, points) in enumerate(lines):
             colour = f"var(--s{index % 6})"
             path = " ".join(f"{across(step):.1f},{up(value):.1f}" for step, value in points)
             shape = f'<circle cx="{across(points[0][0]):.1f}" cy="{up(points[0][1]):.1f}" r="2.5" style="fill:{colour}"/>' if len(points) == 1 else ""
-            drawn.append(shape or f'<polyline class="line" style="stroke:{colour}" points="{path}"/>')
+            shapes.append(shape or f'<polyline class="line" style="stroke:{colour}" points="{path}"/>')
             legend.append(f'<span style="--c:{colour}">{escape(curve.name)} <b>{_short(_finite(curve.points)[-1][1])}</b></span>')
-        inner = "".join(drawn)
+        inner = "".join(shapes)
         drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(self.title)}">{inner}</svg>'
         return Html(f'<figure><h3>{escape(self.title)}</h3>{drawing}<div class="legend">{"".join(legend)}</div></figure>')
 
-    def png(self, file: Path) -> None:
+    def png(self) -> bytes:
         """The same as a picture file, every step of it."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        return drawn(self._draw, (8.0, 4.0), layout=None)
 
-        drawing = Figure(figsize=(8, 4))
-        FigureCanvasAgg(drawing)
-        axes = drawing.add_axes((0.1, 0.13, 0.88, 0.84))
+    def _draw(self, canvas: Any) -> None:
+        axes = canvas.add_axes((0.1, 0.13, 0.88, 0.84))
         for curve in self.curves:
             if points := _finite(curve.points):
                 axes.plot(*zip(*points, strict=True), linewidth=0.8, label=curve.name, marker="." if len(points) == 1 else None)
@@ -78,8 +77,6 @@ class Chart:
         if values:
             axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-        file.parent.mkdir(exist_ok=True)
-        drawing.savefig(file, dpi=120)
 
 
 def thinned(points: Sequence[tuple[int, float]], most: int = POINTS) -> list[tuple[float, float]]:
@@ -120,7 +117,7 @@ class _Scale:
 
 
 def _short(value: float) -> str:
-    """A number in few letters: 0.0004, 1.2k."""
+    """A number in few letters: 0.0004, 0.6931, 12,000, 1.2e+07."""
     if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.eval import report_asked, report_sections
+from vlm.eval import report_asked, report_parts, report_sections
 from vlm.eval.report_html import page
 from vlm.eval.report_run import read_run
 from vlm.train.config import RunSpec
@@ -31,20 +31,22 @@ def write_report(run_folder: str | Path, *, starting: Starting | None = None, la
     folder = Path(run_folder)
     written = read_run(folder)
     charts = report_sections.charts(written)
-    for name, chart in charts.items():
-        chart.png(folder / "pictures" / f"{name}.png")
     rebuilt = (lambda: starting(written.run)) if starting is not None and (written.parameters or 0) <= SMALL else None
     asked = report_asked.ask(written, rebuilt, largest)
+    inside, drawn = report_parts.parts(asked.figures)
     sections = [
         report_sections.curves(written, charts),
         report_asked.samples(written, asked),
         report_sections.accuracy(written),
-        report_asked.parts(asked, folder / "pictures"),
+        inside,
         report_sections.ledger(written),
         report_sections.data(written),
         report_sections.warnings(written),
         report_sections.speed(written),
         report_sections.machine(written),
     ]
+    (folder / "pictures").mkdir(exist_ok=True)
+    for name, data in ({f"{name}.png": chart.png() for name, chart in charts.items()} | drawn).items():
+        (folder / "pictures" / name).write_bytes(data)
     write_whole(folder / "report.html", page(written.run.name, report_sections.head(written), sections))
     return folder / "report.html"

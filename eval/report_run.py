@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Written:
     bad: Sequence[Mapping[str, Any]]
     scores: Mapping[str, Mapping[str, Any]]
     stages: Sequence[str]
-    unread: Sequence[str] = field(default=())
+    unread: Sequence[str] = ()
 
     @property
     def finished(self) -> bool:
@@ -66,8 +66,8 @@ class Written:
 
     def when(self) -> tuple[datetime, datetime]:
         """First and last writing, as far as the files' own times tell."""
-        first = self.folder / "config.yaml"
-        last = next((file for name in ("metrics.jsonl", "config.yaml") if (file := self.folder / name).is_file()), first)
+        first, metrics = self.folder / "config.yaml", self.folder / "metrics.jsonl"
+        last = metrics if metrics.is_file() else first
         return datetime.fromtimestamp(first.stat().st_mtime), datetime.fromtimestamp(last.stat().st_mtime)
 
 

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from vlm.eval.report_chart import Chart, Curve
+from vlm.eval.report_chart import POINTS, Chart, Curve
 from vlm.eval.report_html import Html, Section, cell, note, table, tiles
 from vlm.eval.report_run import Written
 
@@ -60,7 +60,7 @@ def _unfinished(written: Written) -> Iterator[Html]:
         planned = written.run.stages[stage].steps if mixture is None else mixture.steps
         of = f" of {planned:,}" if planned else ""
         yield cell(f"Stage {stage} stands at step {done:,}{of}: the run is under way, or was interrupted." if done else f"Stage {stage} has not begun.")
-    yield Html(f"Go on with <code>vlm train {cell(written.folder / 'config.yaml')} --resume</code>.")
+    yield Html("Go on with the command that began it, and <code>--resume</code>.")
 
 
 def _parts(written: Written) -> Html:
@@ -138,11 +138,12 @@ def curves(written: Written, drawn: Mapping[str, Chart]) -> Section:
         steps = written.of(stage)
         if steps:
             rows.append([stage, len(steps), *(Html(f"{steps[place]['loss']:.4f}") for place in (0, -1)), Html(f"{min(record['loss'] for record in steps):.4f}")])
-    per = -(-len(written.steps) // 240)
-    told = f"Each point is the mean of {per} steps" if per > 1 else "Each point is a step"
     body = [
         Html(f'<div class="charts">{"".join(chart.svg() for chart in drawn.values())}</div>'),
-        note(f"{told}; the number in a legend is the last one. Every step is in the pictures beside this page (pictures/) and in metrics.jsonl."),
+        note(
+            f"Where a curve has more than {POINTS} steps, a point is the mean of neighbours; the number in a legend is the last one. "
+            "Every step is in the pictures beside this page (pictures/) and in metrics.jsonl."
+        ),
         table(("stage", "steps", "first loss", "last loss", "lowest"), rows, words=("stage",)),
     ]
     return Section("curves", "Loss and rates", body)

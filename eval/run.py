@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,8 @@ from vlm.data.sample import Sample
 from vlm.data.sources import sources_at
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.eval.blind import TrainingAnswers, grey
-from vlm.eval.report import MAX_NEW_TOKENS, report_file, scored
-from vlm.eval.score import MATCHER, Question, matches, questions, shares
+from vlm.eval.score import MATCHER, Question, matches, questions, shares, spread
+from vlm.eval.scores import MAX_NEW_TOKENS, scored, scores_file
 from vlm.generate import SORTED_TOGETHER, Answer, answer_all, stop_ids
 from vlm.loading import load
 from vlm.train.config import RunSpec
@@ -73,9 +73,9 @@ def evaluate(
         )
     if stage is not None and (spec is None or stage not in spec.stages):
         raise ConfigurationError(f"{folder} has no stage {stage!r}", expected=f"one of {', '.join(spec.stages)}" if spec else "a run")
-    reports = {name: report_file(folder, name, stage, own=file is None) for name in chosen}
+    files = {name: scores_file(folder, name, stage, own=file is None) for name in chosen}
     readers = {name: source.open() for name, source in chosen.items()}
-    asked = {name: [question for sample in _spread(reader, limit) for question in questions(sample)] for name, reader in readers.items()}
+    asked = {name: [question for number in spread(len(reader), limit) for question in questions(reader[number])] for name, reader in readers.items()}
     subjects = {name: scored(source, readers[name], stage=stage, limit=limit, max_new_tokens=max_new_tokens) for name, source in chosen.items()}
     model, processor = load(folder / "stages" / stage if stage else folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def evaluate(
     for name, found in asked.items():
         about = {"run": spec.name if spec else folder.name, "stage": stage, "limit": limit}
         results[name] = {**about, **_result(model, processor, name, found, learned, batch_size, subjects[name])}
-        write_whole(reports[name], json.dumps(results[name], indent=1, ensure_ascii=False))
+        write_whole(files[name], json.dumps(results[name], indent=1, ensure_ascii=False))
         Console().print(table(name, results[name]))
     return results
 
@@ -111,19 +111,14 @@ def _one_split(file: str | Path, images: str | Path | None) -> dict[str, Any]:
     return found
 
 
-def _spread(samples: Any, limit: int | None) -> Iterator[Sample]:
-    size = len(samples)
-    count = size if limit is None else min(limit, size)
-    return (samples[number * size // count] for number in range(count))
-
-
 def _training_answers(spec: RunSpec, kinds: set[str]) -> TrainingAnswers:
     """What the last stage answered; of kinds that it does not have, what the last stage answered that does."""
     learned, missing = TrainingAnswers(), set(kinds)
     for place, stage in enumerate(reversed(list(spec.stages.values()))):
         for name in stage.sources:
-            for sample in _spread(spec.data[name].open(), None):
-                for question in questions(sample):
+            reader = spec.data[name].open()
+            for number in range(len(reader)):
+                for question in questions(reader[number]):
                     if not place or question.kind in missing:
                         learned.add(question)
         missing -= learned.kinds
@@ -190,7 +185,7 @@ def _mean(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def protocol(model: "VLM", processor: "VLMProcessor", subject: Mapping[str, Any], asked: int) -> dict[str, Any]:
-    """Everything that figures of two runs must share to be compared, and its hash. subject: `vlm.eval.report.scored`; asked: the number of questions."""
+    """Everything that figures of two runs must share to be compared, and its hash. subject: `vlm.eval.scores.scored`; asked: the number of questions."""
     facts = {
         "scored": dict(subject),
         "questions": asked,

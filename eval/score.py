@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.processor import pictures_in_front
 
-__all__ = ["MATCHER", "WITHOUT_KIND", "Question", "matches", "normal", "questions", "shares"]
+__all__ = ["MATCHER", "WITHOUT_KIND", "Question", "matches", "normal", "questions", "shares", "spread"]
 
 MATCHER = "exact, lower-cased and stripped"
 WITHOUT_KIND = "all"
@@ -44,6 +44,12 @@ def _with(seen: tuple[Picture, ...], shared: tuple[str | Picture, ...], asked: T
     front = (*shared, *seen[sum(isinstance(part, Picture) for part in shared) :])
     head, *rest = asked.parts
     return (*front, head.lstrip("\n") if isinstance(head, str) else head, *rest)
+
+
+def spread(size: int, count: int | None) -> list[int]:
+    """Of `size` things the numbers of at most `count`, evenly spread; of all where it is None."""
+    count = size if count is None else min(count, size)
+    return [place * size // count for place in range(count)]
 
 
 def normal(answer: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,18 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root, of the module's own. A module that needs another one has a `root` of its own."""
+    return tiny.data_root(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def mixed_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root that also has Parquet and tar files, of the module's own."""
+    return tiny.mixed_root(tmp_path_factory.mktemp("mixed"))
 
 
 @pytest.fixture(scope="session")

@@ -21,9 +21,9 @@ def user(*parts: str | Picture) -> Turn:
     return Turn("user", parts)
 
 
-def says(text: str) -> Turn:
-    """An answer that is learned."""
-    return Turn("assistant", (text,), supervised=True)
+def says(text: str, supervised: bool = True) -> Turn:
+    """An answer, by default one that is learned."""
+    return Turn("assistant", (text,), supervised)
 
 
 def sample(*turns: Turn, **options: Any) -> Sample:

@@ -40,10 +40,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
 }
+"""Decoder families by name: the numbers that differ from `llm_config`'s."""
 WINDOWED = ("qwen3", "mistral", "phi3", "gemma2", "gemma3")
 """Families with a sliding window of 12 tokens in at least one layer."""
 TIED = ("gemma2", "gemma3")
-"""Decoder families by name: the numbers that differ from `llm_config`'s."""
+"""Families whose head is the embedding."""
 
 
 def llm_config(family: str = "llama", **numbers: Any) -> dict[str, Any]:

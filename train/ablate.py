@@ -18,7 +18,7 @@ from rich.text import Text
 
 from vlm.composition import ConfigurationProblems, compose, resolved
 from vlm.errors import ConfigurationError, EnvironmentProblem, VLMError
-from vlm.eval.report import report_file, scored
+from vlm.eval.scores import scored, scores_file
 from vlm.train.comparison import Comparison, Run, Scores
 from vlm.train.config import RunSpec
 from vlm.train.folder import absolute, open_folder
@@ -217,7 +217,7 @@ def _needed(scores: Scores) -> Scores:
 
 def _scored_before(trial: Trial) -> Scores | None:
     """The scores of a finished run; None where one is missing, or is about anything but what would be scored now. Raises DataError for a source that cannot be opened."""
-    files = {name: report_file(trial.folder, name) for name in trial.run.eval}
+    files = {name: scores_file(trial.folder, name) for name in trial.run.eval}
     if not (trial.folder / "export").is_dir() or not all(file.is_file() for file in files.values()):
         return None
     found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}

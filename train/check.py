@@ -29,7 +29,7 @@ from vlm.train.engine import deepspeed_config, precision_of
 from vlm.train.findings import Report, StageReport
 from vlm.train.forms import model_at, stage_processor
 from vlm.train.optim import rates
-from vlm.train.space import checkpoint_bytes, room, stage_bytes
+from vlm.train.space import checkpoint_bytes, room, size_of, stage_bytes
 from vlm.train.start import check_start
 from vlm.weights.files import find_folder
 
@@ -306,36 +306,23 @@ class _Check:
         self.report.stages[index].breaks = [f"{adapted}: {text}" for adapted, part in spec.adapt.items() for text in part.breaks()]
 
     def _disk(self) -> None:
-        """What the run writes, against what is free."""
-        import torch
-
-        from vlm.train.engine import precision_of
-
+        """What the run has still to write, against what is free."""
         if not self.run.stages or any(not report.groups for report in self.report.stages) or any(path.endswith(".deepspeed") for path in self.report.wrong):
             return
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         largest = total = 0
         for report, stage in zip(self.report.stages, self.run.stages.values(), strict=True):
             width = precision_of(self.run.precision, device, stage.zero).itemsize
-            saved, weights = checkpoint_bytes(report.groups, width), stage_bytes(report.groups, width)
+            saved, weights = checkpoint_bytes(report.groups, width, stage.zero), stage_bytes(report.groups, width)
             report.disk = f"{saved / 1e9:,.2f} GB per checkpoint, {self.run.save.keep} stay; {weights / 1e9:,.2f} GB of weights at its end"
             largest, total = max(largest, saved), total + weights * (2 if self.run.validate.keep_best else 1)
-        free = room(Path(self.run.runs))
-        needed = largest * (self.run.save.keep + 1) * bool(self.run.save.every) + total
-        if free < needed:
-            fewer = free < largest + total
-            text = f"the run writes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {self.run.runs}"
-            if self.quick and fewer:
-                self.report.refuse(
-                    "runs",
-                    "there is no room for the run",
-                    kind=EnvironmentProblem,
-                    got=f"{free / 1e9:,.1f} GB",
-                    expected=f"{needed / 1e9:,.1f} GB",
-                    cure="set runs to another disk",
-                )
-            else:
-                self.report.warnings.append(text)
+        free, written = room(Path(self.run.runs)), size_of(self.run.folder)
+        least, most = (max(0, largest * checkpoints + total - written) for checkpoints in (1, (self.run.save.keep + 1) * bool(self.run.save.every)))
+        if self.quick and free < least:
+            sides = {"got": f"{free / 1e9:,.1f} GB", "expected": f"{least / 1e9:,.1f} GB"}
+            self.report.refuse("runs", "there is no room for the run", kind=EnvironmentProblem, cure="free some, or set runs to another disk", **sides)
+        elif free < most:
+            self.report.warnings.append(f"the run writes {most / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free in {self.run.runs}")
 
     def _never_trained(self) -> None:
         """Adaptations that no stage trains."""

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -17,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vlm.errors import CheckpointError, VLMError
-from vlm.train.engine import Engine
-from vlm.train.space import check_room, size_of, writing
+from vlm.errors import CheckpointError
+from vlm.train.engine import Engine, together
+from vlm.train.space import check_room, writing
 
-__all__ = ["Position", "check_ranks", "file_hash", "frozen_hash", "latest", "read_position", "restore", "save", "tree_hash", "universal"]
+__all__ = ["Position", "check_ranks", "file_hash", "frozen_hash", "latest", "read_position", "restore", "save", "universal"]
 
 ENGINE = "engine"
 
@@ -39,8 +38,8 @@ class Position:
     frozen: tuple[str, ...]
 
 
-def save(folder: Path, engine: Engine, position: Position, keep: int, needed: int = 0) -> Path:
-    """Write resume/step-N; called on all ranks. needed: bytes that it takes, by reckoning, where there is no earlier one.
+def save(folder: Path, engine: Engine, position: Position, keep: int, needed: int) -> Path:
+    """Write resume/step-N; called on all ranks. needed: bytes that it takes, by reckoning.
 
     Raises EnvironmentProblem on all ranks where the disk has no room; the checkpoints before stay.
     """
@@ -51,18 +50,19 @@ def save(folder: Path, engine: Engine, position: Position, keep: int, needed: in
     def begin() -> None:
         for left in folder.glob(".partial-*"):
             shutil.rmtree(left)
-        before = latest(folder)
-        check_room(folder, size_of(before) if before else needed, "a checkpoint")
+        check_room(folder, needed, "a checkpoint")
         partial.mkdir(parents=True)
 
     def write() -> None:
-        engine.save(str(partial), ENGINE)
-        torch.save(_random_states(), partial / f"random-{rank}.pt")
+        with writing("a checkpoint"):
+            engine.save(str(partial), ENGINE)
+            torch.save(_random_states(), partial / f"random-{rank}.pt")
 
     def finish() -> None:
-        hashes = {str(file.relative_to(partial)): file_hash(file) for file in sorted(partial.rglob("*")) if file.is_file()}
-        (partial / "position.json").write_text(json.dumps(asdict(position) | {"files": hashes}, indent=1), encoding="utf-8")
-        _flush(partial)
+        with writing("a checkpoint"):
+            hashes = {str(file.relative_to(partial)): file_hash(file) for file in sorted(partial.rglob("*")) if file.is_file()}
+            (partial / "position.json").write_text(json.dumps(asdict(position) | {"files": hashes}, indent=1), encoding="utf-8")
+            _flush(partial)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
@@ -70,23 +70,15 @@ def save(folder: Path, engine: Engine, position: Position, keep: int, needed: in
         for old in sorted(_steps(folder))[:-keep]:
             shutil.rmtree(folder / f"step-{old}")
 
-    for part, here in ((begin, rank == 0), (write, True), (finish, rank == 0)):
-        problem = _tried(part) if here else None
-        if found := next((one for one in engine.gather(problem) if one is not None), None):
-            if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise found
-    return final
-
-
-def _tried(part: Callable[[], None]) -> VLMError | None:
-    """What keeps a part of saving from coming off."""
     try:
-        with writing("a checkpoint"):
-            part()
-    except VLMError as problem:
-        return problem
-    return None
+        together(begin, rank == 0)
+        together(write)
+        together(finish, rank == 0)
+    except Exception:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
 
 
 def _flush(folder: Path) -> None:
@@ -127,29 +119,30 @@ def read_position(folder: Path, fingerprint: str) -> Position:
     return position
 
 
-def check_ranks(folder: Path, position: Position, ranks: int, zero: int) -> None:
+def check_ranks(folder: Path, position: Position, ranks: int) -> None:
     """Raise CheckpointError where a checkpoint cannot be resumed by so many ranks."""
-    if zero == position.zero and (ranks == position.ranks or zero < 3):
+    if ranks == position.ranks or position.zero < 3:
         return
-    why = "at ZeRO 3 the optimizer cannot be dealt out to another number of ranks" if zero == position.zero else "the optimizer lies otherwise at another ZeRO stage"
     raise CheckpointError(
-        f"{folder} cannot be resumed in this form: {why}",
-        got=f"{ranks} {'rank' if ranks == 1 else 'ranks'} at ZeRO {zero}",
-        expected=f"{position.ranks} {'rank' if position.ranks == 1 else 'ranks'} at ZeRO {position.zero}",
+        f"{folder} cannot be resumed in this form: at ZeRO 3 the optimizer cannot be dealt out to another number of ranks",
+        got=f"{ranks} {'rank' if ranks == 1 else 'ranks'}",
+        expected=f"{position.ranks} {'rank' if position.ranks == 1 else 'ranks'}",
         cure=f"start it as it was started before (one machine: --nproc {position.ranks}), or begin a new run from the last finished stage (start: RUN/stages/NAME)",
     )
 
 
 def universal(folder: Path, scratch: Path) -> Path:
     """A checkpoint of ZeRO 1 or 2 in the form that any number of ranks loads, written to `scratch`; called on all ranks. The folder's hashes have been verified."""
-    if dist.get_rank() == 0:
+
+    def convert() -> None:
         from deepspeed.checkpoint.ds_to_universal import main
 
         shutil.rmtree(scratch, ignore_errors=True)
         options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True, "inject_missing_state": False}
         with writing("the checkpoint for another number of ranks"), redirect_stdout(StringIO()):
             main(Namespace(input_folder=str(folder / ENGINE), output_folder=str(scratch / ENGINE), **options))
-    dist.barrier()
+
+    together(convert, dist.get_rank() == 0)
     return scratch
 
 
@@ -158,12 +151,8 @@ def restore(folder: Path, engine: Engine, position: Position, converted: Path | 
 
     Raises CheckpointError where the frozen weights are not those that the run had.
     """
-    own = frozen_hash(engine.model)
-    if position.zero < 3:
-        fits = own == position.frozen[0]
-    else:
-        fits = own == position.frozen[dist.get_rank()]
-    if not all(engine.gather(fits)):
+    held = position.frozen[dist.get_rank() if position.zero == 3 else 0]
+    if not all(engine.gather(frozen_hash(engine.model) == held)):
         raise CheckpointError(
             f"the frozen weights are not those with which {folder} was written", cure="restore the folders that model.encoder.path, model.llm.path and start name, as they were"
         )
@@ -196,8 +185,3 @@ def file_hash(file: Path) -> str:
     """SHA-256, in hexadecimal."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def tree_hash(plain: Any) -> str:
-    """SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()

@@ -5,17 +5,17 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from vlm.errors import ConfigurationError, EnvironmentProblem
+from vlm.errors import ConfigurationError, EnvironmentProblem, VLMError
 from vlm.train.config import StageSpec
 
-__all__ = ["Engine", "connect", "deepspeed_config", "keep_memory", "precision_of"]
+__all__ = ["Engine", "connect", "deepspeed_config", "keep_memory", "precision_of", "together"]
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Of glibc's malloc.h."""
@@ -60,6 +60,30 @@ def keep_memory() -> None:
     libc = ctypes.CDLL(None)
     for option, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**30), (M_TOP_PAD, 2**26)):
         libc.mallopt(option, size)
+
+
+def together(part: Callable[[], None], here: bool = True) -> None:
+    """Do a part on the ranks where it is to be done, and raise on all what it raised on one: who went on alone would wait for the others. Called on all ranks; the part calls no other rank."""
+    problem: Exception | None = None
+    try:
+        if here:
+            part()
+    except Exception as found:
+        problem = found
+    told = problem if problem is None or isinstance(problem, VLMError) else RuntimeError(f"{type(problem).__name__}: {problem}")  # others may not travel
+    first = next((one for one in _gathered(told) if one is not None), None)
+    if first is not None:
+        raise problem or first
+
+
+def _gathered(value: Any) -> list[Any]:
+    """What each rank has, by rank."""
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return [value]
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, value)
+    return found
 
 
 def precision_of(asked: str, device: torch.device, zero: int) -> torch.dtype:
@@ -143,11 +167,7 @@ class Engine:
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank has, by rank. Called on all ranks."""
-        if self.ranks == 1:
-            return [value]
-        found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, value)
-        return found
+        return _gathered(value)
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set on any rank. Called on all ranks."""
@@ -156,7 +176,11 @@ class Engine:
     def save(self, folder: str, tag: str) -> None:
         """Trained weights, buffers and optimizer. Frozen weights stay out."""
         state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}  # so that DeepSpeed can convert it for another number of ranks
-        self.inner.save_checkpoint(folder, tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True)
+        try:
+            self.inner.save_checkpoint(folder, tag=tag, client_state=state, save_latest=False, exclude_frozen_parameters=True)
+        except Exception:
+            dist.barrier()  # with which DeepSpeed ends where all goes well, and where the other ranks wait
+            raise
 
     def load(self, folder: str, tag: str) -> None:
         found, _ = self.inner.load_checkpoint(folder, tag=tag, load_module_strict=False)

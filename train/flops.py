@@ -1,7 +1,8 @@
 """Arithmetic of a step, reckoned from the layout, and what share of the device's peak it is (MFU, Chowdhery et al. 2022, appendix B). What checkpointing computes again does not count."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,6 +29,11 @@ class Arithmetic:
     def step(self, tokens: float, documents: float, supervised: float, pictures: float) -> float:
         """FLOPs of a step. The documents are taken as equally long, which reckons a little too few pairs."""
         return tokens * self.token + supervised * self.supervised + pictures * self.picture + self.pair * tokens * tokens / (2 * max(documents, 1.0))
+
+    def speed(self, record: Mapping[str, Any], seconds: float, peak: float | None) -> dict[str, float]:
+        """tflops of one rank, and mfu where the device's `peak` FLOP/s are known. record: of the step. seconds: over all ranks."""
+        done = self.step(record["tokens"], record["samples"], record["supervised"], record["pictures"]) / seconds
+        return {"tflops": round(done / 1e12, 4)} | ({"mfu": round(done / peak, 4)} if peak else {})
 
 
 def arithmetic_of(model: VLM) -> Arithmetic:

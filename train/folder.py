@@ -1,5 +1,6 @@
 """A run's folder: what lies in it before the first step and after the last, and whether it may be gone on with."""
 
+import hashlib
 import json
 import os
 import platform
@@ -18,7 +19,6 @@ from vlm.composition import resolved
 from vlm.connectors.base import ConnectorSpec
 from vlm.errors import CheckpointError, ConfigurationError, DataError
 from vlm.processor import load_tokenizer
-from vlm.train.checkpoint import tree_hash
 from vlm.train.config import RunSpec
 from vlm.whole import write_whole
 
@@ -46,7 +46,7 @@ def absolute(run: RunSpec) -> RunSpec:
 
 def fingerprint(run: RunSpec) -> str:
     """Hash of what a resumed run must share with the one that was interrupted: model, stages, data, seed and precision."""
-    return tree_hash({key: value for key, value in resolved(run).items() if key in ("model", "start", "stages", "data", "seed", "precision")})
+    return _tree_hash({key: value for key, value in resolved(run).items() if key in ("model", "start", "stages", "data", "seed", "precision")})
 
 
 def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
@@ -68,6 +68,10 @@ def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
 def check_same(run: RunSpec, folder: Path) -> None:
     """See that a folder is of this run, and that its data are what they were. Raises CheckpointError for another run, DataError for data that changed."""
     written, now = json.loads((folder / "manifest.json").read_text(encoding="utf-8")), _manifest(run)
+    if written.keys() != now.keys():
+        raise CheckpointError(
+            f"{folder} was begun by another version of vlm", cure="finish it with that version (environment.json names it), or start a new run under another name"
+        )
     if written["fingerprint"] != now["fingerprint"]:
         raise CheckpointError(
             f"{folder} was written by a run with another model or other stages, data, seed or precision",
@@ -99,7 +103,12 @@ def _manifest(run: RunSpec) -> dict[str, Any]:
     readers = {name: run.data[name].open() for name in used}
     sources = {name: {"file": run.data[name].file, "sha256": reader.file_hash(), "samples": len(reader)} for name, reader in readers.items()}
     words = load_tokenizer(run.model)
-    return {"fingerprint": fingerprint(run), "seed": run.seed, "tokenizer": tree_hash([words.get_vocab(), words.special_tokens_map]), "sources": sources}
+    return {"fingerprint": fingerprint(run), "seed": run.seed, "tokenizer": _tree_hash([words.get_vocab(), words.special_tokens_map]), "sources": sources}
+
+
+def _tree_hash(plain: Any) -> str:
+    """SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _environment() -> dict[str, Any]:

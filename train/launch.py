@@ -13,7 +13,7 @@ from pathlib import Path
 from socket import gethostname
 
 from vlm.errors import ConfigurationError, EnvironmentProblem, Stopped
-from vlm.train.rank import LAUNCHED, End, ends_since, is_rank, log_of
+from vlm.train.rank import AGAIN, LAUNCHED, End, ends_since, is_rank, log_of
 
 __all__ = ["Launch", "start_ranks"]
 
@@ -144,7 +144,6 @@ class Launch:
 
         The first sentence that a rank could say is the cause; else the first exception that is more than a lost connection; else a signal that is not torchrun's own.
         """
-        again = f"vlm train {self.folder / 'config.yaml'} --resume"
         if said := [end for end in ends if end.expected]:
             first = said[0]
             if first.exit_code == Stopped.exit_code:
@@ -152,21 +151,21 @@ class Launch:
             same = [end.rank for end in said if end.message == first.message]
             return f"{first.message}\n  said by {_ranks(same)} on {first.host}; logs: {log_of(self.folder, '*')}", first.exit_code
         if asked is not None:
-            return f"stopped by {asked.name}; go on with: {again}", 128 + asked
+            return f"stopped by {asked.name}; {AGAIN}", 128 + asked
         own = [end for end in ends if not any(mark in end.message for mark in LOST)]
         if own:
             return f"rank {own[0].rank} on {own[0].host} failed: {own[0].message}\n  its log: {log_of(self.folder, own[0].rank)}", 1
         if strange := {rank: code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}:
-            return self._ended(*next(iter(strange.items())), again)
+            return self._ended(*next(iter(strange.items())))
         if ends:
             return f"rank {ends[0].rank} on {ends[0].host} lost the other ranks: the cause is with one of another node, see what was said there\n  {ends[0].message}", 1
-        return self._ended(*next(iter(codes.items())), again)
+        return self._ended(*next(iter(codes.items())))
 
-    def _ended(self, rank: int, code: int, again: str) -> tuple[str, int]:
+    def _ended(self, rank: int, code: int) -> tuple[str, int]:
         """Of a rank that could say nothing."""
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        why = "; mostly that means that the machine's memory ran out (dmesg says so): fewer `workers`, a smaller micro_batch" if -code == signal.SIGKILL else ""
-        log = f"its log: {log_of(self.folder, rank)}; go on with: {again}"
+        why = "; mostly that means that the machine's memory ran out (dmesg says so): fewer `workers`" if -code == signal.SIGKILL else ""
+        log = f"its log: {log_of(self.folder, rank)}; {AGAIN}"
         return f"rank {rank} on {gethostname()} was ended by {how}{why}\n  {log}", code if code > 0 else 128 - code
 
 

@@ -20,7 +20,7 @@ class Log:
 
     def __init__(self, folder: Path, rank: int, every: int):
         self.folder, self.loud, self.every = folder, rank == 0, every
-        self.console = Console(stderr=False, quiet=not self.loud, width=None if sys.stdout.isatty() else 180, highlight=False)
+        self.console = Console(stderr=False, quiet=not self.loud, width=None if sys.stdout.isatty() else 180, highlight=False, markup=False)
         self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8") if self.loud else None  # noqa: SIM115  open as long as the run
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -47,7 +47,7 @@ class Log:
         except (ImportError, AttributeError, TypeError) as error:  # the last two: an old TensorBoard beside a newer NumPy or protobuf
             absent = isinstance(error, ModuleNotFoundError) and error.name == "tensorboard"
             reason = "TensorBoard is not installed" if absent else f"TensorBoard cannot be imported ({error})"
-            self.console.print(f"{reason}: the curves are in metrics.jsonl alone" + (' (pip install "vlm[tensorboard]")' if absent else ""), markup=False)
+            self.console.print(f"{reason}: the curves are in metrics.jsonl alone" + (' (pip install "vlm[tensorboard]")' if absent else ""))
             return None
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=total + 1)
 
@@ -107,7 +107,7 @@ class Log:
                 self._board.add_scalar(tag, value, record["total"])
             self._board.flush()
         sources = ", ".join(f"{name} {loss:.4f}" for name, loss in record["sources"].items())
-        self.console.print(f"{record['stage']} {record['step']}  validation loss {record['loss']:.4f} ({sources}){', the smallest so far' if best else ''}", markup=False)
+        self.console.print(f"{record['stage']} {record['step']}  validation loss {record['loss']:.4f} ({sources}){', the smallest so far' if best else ''}")
 
     def end(self) -> None:
         if self._progress is not None:

@@ -43,12 +43,6 @@ def run_steps(
     """Train steps `start`.. `count` - 1 of a stage; after(number of steps done) is called behind each step, for saving."""
     train_mode(engine.model)
     arithmetic, peak = arithmetic_of(cast(VLM, engine.model)), peak_of(engine.device)
-
-    def speed(record: Mapping[str, Any], seconds: float) -> dict[str, float]:
-        """TFLOP/s of each rank, and MFU where the device's peak is known."""
-        done = arithmetic.step(record["tokens"], record["samples"], record["supervised"], record["pictures"]) / (seconds * engine.ranks)
-        return {"tflops": round(done / 1e12, 4)} | ({"mfu": round(done / peak, 4)} if peak else {})
-
     log.begin(name, start, count)
     try:
         before = time.perf_counter()
@@ -57,11 +51,12 @@ def run_steps(
             with reached(engine.model) if step.number == start else nullcontext() as found:
                 record = one_step(engine, step, stage, count, stage.sources)
             for warning in unreached(engine, found) if found is not None else ():
-                log.console.print(f"warning: stage {name}: {warning}", markup=False)
+                log.console.print(f"warning: stage {name}: {warning}")
             bad.add(step.number + 1, step.skipped)
             done = time.perf_counter()
-            head = {"stage": name, "step": step.number + 1, "total": total_before + step.number + 1}
-            log.step(head | record | {"seconds": round(done - before, 4), "wait": round(fetched - before, 4), "memory": round(peak_memory(), 3)} | speed(record, done - before))
+            head = {"stage": name, "step": step.number + 1, "total": total_before + step.number + 1, "ranks": engine.ranks}
+            timed = {"seconds": round(done - before, 4), "wait": round(fetched - before, 4), "memory": round(peak_memory(), 3)}
+            log.step(head | record | timed | arithmetic.speed(record, (done - before) * engine.ranks, peak))
             before = done
             bad.check(step.number + 1, record.get("skipped", 0))
             after(step.number + 1)

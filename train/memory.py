@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from vlm.errors import EnvironmentProblem
-from vlm.train.engine import Engine
+from vlm.train.engine import Engine, together
 from vlm.train.log import Log
 from vlm.train.steps import MicroBatch, StepData
 from vlm.whole import write_whole
@@ -41,12 +41,17 @@ def find_micro_batch(engine: Engine, data: StepData, file: Path, log: Log) -> in
     engine.model.train()
     free = _free(engine.device)
     _, one, two = (_cost(engine, data.micro_batch_of([rows] * count)) for count in (1, 1, min(2, most)))  # the first one loads libraries
-    if one is None or one > free:
-        raise EnvironmentProblem(
-            "one row does not fit into memory",
-            got=f"{sum(map(len, rows)):,} tokens" + ("" if one is None else f", {one / 2**30:.2f} GiB of {free / 2**30:.2f} GiB"),
-            cure="lower max_length or pack, set checkpointing: true, or choose a higher ZeRO stage",
-        )
+
+    def check() -> None:
+        if one is None or one > free:
+            raise EnvironmentProblem(
+                "one row does not fit into memory",
+                got=f"{sum(map(len, rows)):,} tokens" + ("" if one is None else f", {one / 2**30:.2f} GiB of {free / 2**30:.2f} GiB"),
+                cure="lower max_length or pack, set checkpointing: true, or choose a higher ZeRO stage",
+            )
+
+    together(check)
+    assert one is not None
     count = most if two is not None and two <= one else 1 if two is None else int((SHARE * free - one) // (two - one)) + 1
     found = torch.tensor(max(1, min(count, most)), device=engine.device)
     dist.all_reduce(found, dist.ReduceOp.MIN)

@@ -14,8 +14,10 @@ from pathlib import Path
 from vlm.errors import EnvironmentProblem, VLMError
 from vlm.whole import write_whole
 
-__all__ = ["LAUNCHED", "End", "as_rank", "ends_since", "is_rank", "log_of"]
+__all__ = ["AGAIN", "LAUNCHED", "End", "as_rank", "ends_since", "is_rank", "log_of"]
 
+AGAIN = "go on with the command that began it, and --resume"
+"""The cure of a run that stopped: number of processes and nodes belong to it as well."""
 LAUNCHED = "VLM_LAUNCHED"
 """Set in the environment of processes that `vlm train` started."""
 

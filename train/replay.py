@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vlm.composition import compose
 from vlm.data.sample import Picture, Sample
-from vlm.errors import CheckpointError, ConfigurationError
-from vlm.folders import taken
+from vlm.errors import CheckpointError
+from vlm.folders import free
 from vlm.row import Row
 from vlm.seen import as_seen
 from vlm.train import checkpoint
@@ -131,11 +131,12 @@ def replay_step(run_folder: str | Path, step: int, *, stage: str | None = None, 
         raise CheckpointError(f"{folder} holds no run", expected="config.yaml and metrics.jsonl", cure="give the folder that `vlm train` wrote")
     run = compose(RunSpec, folder / "config.yaml", allow_import=False)
     record = _recorded(folder, run, step, stage)
-    if out is not None and taken(out):
-        raise ConfigurationError(f"{out} exists already", cure="give a folder that is not there yet")
+    if out is not None:
+        free(out)
     rank, ranks, device = connect()
     check_same(run, folder)
     again = _Again(run, list(run.stages).index(record["stage"]), folder, rank, ranks, device, Log(folder, rank=1, every=run.log_every), StopSignals())
+    again.check_ranks(record["ranks"])
     begun, made, engine = again.reach(record["step"] - 1, record["total"] - 1)
     result = one_step(engine, made, again.stage, len(again.data), again.stage.sources)
     found = again.documents(engine)
@@ -200,7 +201,6 @@ class _Again(Stage):
     def reach(self, step: int, total: int) -> tuple[str, Step, _Engine]:
         """Do the steps of this stage before number `step`, `total` over all stages; -> where that began, the step itself, the engine."""
         found = self._checkpoint(total - step, total)
-        self._check_ranks(found[1].ranks if found else json.loads((self.folder / "environment.json").read_text(encoding="utf-8"))["ranks"])
         if self.stage.micro_batch == "auto" and not (self.folder / f"micro_batch-{self.name}.json").is_file():
             raise CheckpointError(f"{self.folder} does not say what micro_batch: auto was", expected=f"micro_batch-{self.name}.json", cure="bring the file back")
         model = self.model()
@@ -217,15 +217,18 @@ class _Again(Stage):
         return f"checkpoint {found[0].name}" if found else f"the beginning of stage {self.name}", self.data[step], engine
 
     def _checkpoint(self, before: int, total: int) -> tuple[Path, checkpoint.Position] | None:
-        """The newest whole checkpoint of this stage, which begins behind step `before`, up to step `total`. One that was changed is passed over."""
+        """The newest whole checkpoint of this stage, which begins behind step `before`, up to step `total`. One that was changed is passed over, and one of another number of ranks."""
         while (found := checkpoint.latest(self.folder / "resume", total)) is not None and (at := int(found.name.removeprefix("step-"))) > before:
+            total = at - 1
             try:
-                return found, checkpoint.read_position(found, self.fingerprint)
+                position = checkpoint.read_position(found, self.fingerprint)
             except CheckpointError:
-                total = at - 1
+                continue
+            if position.ranks == self.ranks:
+                return found, position
         return None
 
-    def _check_ranks(self, ranks: int) -> None:
+    def check_ranks(self, ranks: int) -> None:
         if self.ranks != ranks:
             raise CheckpointError(
                 "a step is done again by as many ranks as did it",

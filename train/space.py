@@ -14,16 +14,16 @@ __all__ = ["check_room", "checkpoint_bytes", "room", "size_of", "stage_bytes", "
 OPTIMIZER = 8
 """Bytes of AdamW's two moments, in fp32."""
 MASTER = 4
-"""Bytes of the fp32 copy that weights of two bytes have."""
+"""Bytes of the fp32 copy that DeepSpeed keeps, and saves, at ZeRO 1 to 3."""
 
 
-def checkpoint_bytes(groups: Sequence[Group], width: int) -> int:
+def checkpoint_bytes(groups: Sequence[Group], width: int, zero: int) -> int:
     """What one `resume/` checkpoint of a stage takes: trained weights and their optimizer; frozen weights stay out. width: bytes of a weight in memory."""
-    return sum(group.count for group in groups if group.rate is not None) * (width + OPTIMIZER + (MASTER if width < MASTER else 0))
+    return sum(group.count for group in groups if group.rate is not None) * (width + OPTIMIZER + (MASTER if zero else 0))
 
 
 def stage_bytes(groups: Sequence[Group], width: int) -> int:
-    """What `stages/NAME` takes, and `export/` once more: all weights."""
+    """What `stages/NAME` takes: all weights. `export/` shares them where the disk has hard links."""
     return sum(group.count for group in groups) * width
 
 

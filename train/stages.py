@@ -1,7 +1,6 @@
 """A run: its folder, its stages one after another, its export. A stage starts from the folder of the stage before, adds the parts that enter with it, and trains."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from vlm.config import ModelSpec
 from vlm.configuration import VLMConfig
 from vlm.errors import Stopped
 from vlm.eval.report_page import SMALL, write_report
+from vlm.folders import replace_folder
 from vlm.generate import prepare
 from vlm.initial import gathered
 from vlm.llm.decoder import set_attention
@@ -27,7 +27,7 @@ from vlm.train.bad import BadSamples
 from vlm.train.check import check_run
 from vlm.train.config import RunSpec
 from vlm.train.cost import planned
-from vlm.train.engine import Engine, connect, deepspeed_config, precision_of
+from vlm.train.engine import Engine, connect, deepspeed_config, precision_of, together
 from vlm.train.findings import Report
 from vlm.train.folder import absolute, fingerprint, open_folder, steps_of, write_export
 from vlm.train.forms import blocks_of, model_at, stage_mixture, stage_processor
@@ -36,6 +36,7 @@ from vlm.train.log import Log
 from vlm.train.loop import run_steps
 from vlm.train.memory import find_micro_batch
 from vlm.train.optim import Group, adamw
+from vlm.train.rank import AGAIN
 from vlm.train.signals import StopSignals
 from vlm.train.space import checkpoint_bytes, writing
 from vlm.train.start import started_model
@@ -90,9 +91,9 @@ def _report(folder: Path, log: Log) -> None:
     """The page about a finished run. What keeps it from being written is said in one sentence: the run is whole without it."""
     try:
         page = write_report(folder, starting=starting_model, largest=SMALL)
-        log.console.print(f"report: {page}", markup=False)
+        log.console.print(f"report: {page}")
     except Exception as problem:
-        log.console.print(f"no report was written ({type(problem).__name__}: {problem}); the run is whole. Try again with: vlm report {folder}", markup=False)
+        log.console.print(f"no report was written ({type(problem).__name__}: {problem}); the run is whole. Try again with: vlm report {folder}")
 
 
 def starting_model(run: RunSpec) -> tuple[VLM, VLMProcessor]:
@@ -152,7 +153,7 @@ class Stage:
             position = None
         converted = None
         if position is not None and found is not None:
-            checkpoint.check_ranks(found, position, self.ranks, self.stage.zero)
+            checkpoint.check_ranks(found, position, self.ranks)
             if position.ranks != self.ranks and self.stage.zero:
                 converted = checkpoint.universal(found, self.folder / ".universal")
                 self.config |= {"checkpoint": {"load_universal": True}}
@@ -167,8 +168,10 @@ class Stage:
             if converted is not None and self.rank == 0:
                 shutil.rmtree(converted)
             self.log.console.print(f"stage {self.name} goes on behind step {position.step} of {len(self.data)} ({found})")
-        self._steps(engine, position.step if position else 0, checkpoint_bytes(groups, self.dtype.itemsize))
+        self._steps(engine, position.step if position else 0, checkpoint_bytes(groups, self.dtype.itemsize, self.stage.zero))
         self._save(model)
+        if self.index + 1 < len(self.run.stages):
+            self._stop_if_asked(engine, "its weights are written")
 
     def engine(self, model: VLM, groups: Sequence[Group]) -> Engine:
         """The engine before its first step, with the size of micro-batches known and the rank's random numbers seeded. Raises ConfigurationError where the ledger does not balance."""
@@ -233,11 +236,7 @@ class Stage:
                 position = checkpoint.Position(self.index, done, before + done, engine.ranks, self.stage.zero, self.fingerprint, frozen())
                 checkpoint.save(self.folder / "resume", engine, position, save.keep, room)
             if stop:
-                name = next(name for name in engine.gather(self.asked.name) if name)
-                ranks = f" --nproc {self.ranks}" if self.ranks > 1 else ""
-                raise Stopped(
-                    f"{name}: stopped behind step {done} of {count} of stage {self.name}, and saved", cure=f"go on with: vlm train {self.folder / 'config.yaml'} --resume{ranks}"
-                )
+                self._stop_if_asked(engine, f"stopped behind step {done} of {count}, and saved")
 
         bad = BadSamples(self.folder, self.name, self.rank, self.run.bad_budget, self.data.mixture.samples)
         bad.rewind(start)
@@ -248,27 +247,31 @@ class Stage:
         with watched_workers(self.run.workers):
             run_steps(engine, steps, self.stage, name=self.name, start=start, total_before=before, count=count, log=self.log, bad=bad, after=after)
 
+    def _stop_if_asked(self, engine: Engine, state: str) -> None:
+        """Raise Stopped on all ranks where any was asked to stop."""
+        names = [name for name in engine.gather(self.asked.name) if name]
+        if names:
+            raise Stopped(f"{names[0]}: stage {self.name}: {state}", cure=AGAIN)
+
     def _save(self, model: VLM) -> None:
         self._write(model, self.folder / "stages" / self.name, "stage.json", {"stage": self.name, "steps": len(self.data)})
 
     def _write(self, model: VLM, final: Path, file: str, facts: Mapping[str, Any]) -> None:
         """A folder with weights, configuration, processor, and what is to be known in a JSON file of its own; complete or not there."""
-        partial, old = (final.with_name(f".{word}-{final.name}") for word in ("partial", "old"))
+        partial = final.with_name(f".partial-{final.name}")
         tensors = whole_tensors(model)
-        if self.rank == 0:
-            for left in (partial, old):
-                shutil.rmtree(left, ignore_errors=True)
+
+        def write() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
             with writing(f"the weights of stage {self.name}"):
                 partial.mkdir(parents=True)
                 prepare(model, self.processor)
                 model.save_pretrained(partial, state_dict=tensors)
                 self.processor.save_pretrained(partial)
                 (partial / file).write_text(json.dumps(facts), encoding="utf-8")
-            if final.exists():
-                os.replace(final, old)
-            os.replace(partial, final)
-            shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+            replace_folder(partial, final)
+
+        together(write, self.rank == 0)
 
 
 def whole_tensors(model: VLM) -> dict[str, torch.Tensor]:

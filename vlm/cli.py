@@ -62,7 +62,7 @@ def train_command(
     """Train all stages of a run. Example: vlm train llava_tiny data_root=/data"""
     import vlm
     from vlm.train.launch import start_ranks
-    from vlm.train.rank import as_rank
+    from vlm.train.rank import AGAIN, as_rank
 
     run = vlm.compose(config, *(overrides or []))
     code = start_ranks(sys.argv[1:], run.folder, nproc=nproc, nodes=nodes, node_rank=node_rank, rendezvous=rendezvous, print_only=print_only)
@@ -72,7 +72,7 @@ def train_command(
         with as_rank(run.folder):
             vlm.fit(run, resume=resume)
     except KeyboardInterrupt:
-        typer.secho(f"interrupted; go on with: vlm train {run.folder / 'config.yaml'} --resume", err=True)
+        typer.secho(f"interrupted; {AGAIN}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -94,7 +94,7 @@ def eval_command(
     stage: Annotated[str | None, typer.Option(help="A stage's model instead of the export.")] = None,
     file: Annotated[Path | None, typer.Option(help="Other questions than the run's `eval` sources: a file of any format, or a folder or glob of one split.")] = None,
     images: Annotated[Path | None, typer.Option(help="Root of that file's pictures.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many questions per source.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many samples per source, spread evenly; replaces the scores of the whole source.")] = None,
 ) -> None:
     """Score a run on its held-out sources: accuracy per kind beside blind and chance. Example: vlm eval runs/demo"""
     import vlm

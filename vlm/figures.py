@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from vlm.features import Features
 
-__all__ = ["Figure", "Seen"]
+__all__ = ["Figure", "Seen", "drawn"]
 
 DPI = 120
 
@@ -40,12 +40,17 @@ class Figure:
 
     def png(self) -> bytes:
         """The drawn picture as the bytes of a PNG file."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
+        return drawn(self.draw, self.size)
 
-        canvas = Canvas(figsize=self.size, layout="constrained")
-        FigureCanvasAgg(canvas)
-        self.draw(canvas)
-        buffer = io.BytesIO()
-        canvas.savefig(buffer, format="png", dpi=DPI)
-        return buffer.getvalue()
+
+def drawn(draw: Callable[[Any], None], size: tuple[float, float], layout: Literal["constrained"] | None = "constrained") -> bytes:
+    """What `draw` fills an empty matplotlib figure of `size` inches with, as the bytes of a PNG file. layout: None takes half the time, and leaves the places of things to `draw`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=size, layout=layout)
+    FigureCanvasAgg(canvas)
+    draw(canvas)
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()

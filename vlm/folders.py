@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["new_folder", "taken"]
+from vlm.errors import ConfigurationError
+
+__all__ = ["free", "new_folder", "partial_of", "replace_folder", "taken"]
 
 
 def taken(folder: Path) -> bool:
@@ -14,11 +16,23 @@ def taken(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
+def free(folder: Path) -> Path:
+    """`folder`, of which nothing would be lost: asked before what takes long. Raises ConfigurationError where it is `taken`."""
+    if taken(folder):
+        raise ConfigurationError(f"{os.path.abspath(folder)} holds something already", cure="name a folder that is new or empty, or delete this one if nothing needs it")
+    return folder
+
+
+def partial_of(folder: Path) -> Path:
+    """Where `folder` is filled by this process until it is whole: beside it, hidden."""
+    return folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to be filled beside `folder`, which it becomes when all went well; else nothing is left. `folder` is not `taken`: callers say so in their words before they begin."""
-    folder = Path(os.path.abspath(folder))
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    """A folder to be filled beside `folder`, which it becomes when all went well; else nothing is left. Raises ConfigurationError where `folder` is `taken`."""
+    folder = Path(os.path.abspath(free(folder)))
+    partial = partial_of(folder)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -26,3 +40,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial)
         raise
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """`folder` takes the name `target`; what had that name goes only when the new one is there. What an interrupted replacement left beside them goes first."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

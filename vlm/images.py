@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 
 from vlm.errors import ConfigurationError, DataError, EnvironmentProblem, VLMError
 
-__all__ = ["LIMITS", "POLICIES", "Limits", "apply_policy", "check_made", "crop_to", "mean_color", "open_picture", "pad", "policy_size", "resize", "upright_size"]
+__all__ = ["LIMITS", "POLICIES", "Limits", "apply_policy", "check_made", "crop_to", "mean_color", "open_picture", "pad", "policy_size", "resize", "too_large", "upright_size"]
 
 T = TypeVar("T")
 
@@ -53,6 +53,11 @@ class Limits:
 
 
 LIMITS = Limits()
+
+
+def too_large(what: str, got: str, limits: Limits = LIMITS) -> DataError:
+    """The error of a picture file of more bytes than `limits.max_bytes`. what: the file, as the message calls it. got: its size in words."""
+    return DataError(f"{what} is too large", kind="too large", got=got, expected=f"at most {limits.max_bytes:,}", cure="make it smaller")
 
 
 def open_picture(data: bytes, *, where: str = "", limits: Limits = LIMITS, official: bool = False) -> Image.Image:
@@ -227,13 +232,7 @@ def _check_bytes(size: int, where: str, limits: Limits) -> None:
     if size == 0:
         raise DataError(f"{where}: the picture file is empty", kind="empty", got="0 bytes", cure="fetch the file again, or take the record out")
     if size > limits.max_bytes:
-        raise DataError(
-            f"{where}: the picture file is too large",
-            kind="too large",
-            got=f"{size:,} bytes",
-            expected=f"at most {limits.max_bytes:,}",
-            cure="shrink it, or raise the limit `max_bytes`",
-        )
+        raise too_large(f"{where}: the picture file", f"{size:,} bytes", limits)
 
 
 def _header(file: BinaryIO, where: str, limits: Limits) -> ImageFile.ImageFile:

@@ -15,7 +15,7 @@ from vlm.data.sample import Picture, Sample, Turn, held
 from vlm.encoders.base import Mode
 from vlm.errors import CheckpointError, DataError
 from vlm.features import Cut, ImageInput, TokenLayout
-from vlm.images import LIMITS, apply_policy, open_picture, policy_size, upright_size
+from vlm.images import LIMITS, apply_policy, open_picture, policy_size, too_large, upright_size
 from vlm.llm.context import TEXT, VISION
 from vlm.prompt import GIVEN_UP, PICTURE, Encoded, Prompt, PromptSpec
 from vlm.row import IGNORE, Row, collate
@@ -332,13 +332,7 @@ def _bytes(picture: Picture | bytes | str | Path, where: str) -> bytes:
     try:
         size = source.length()
         if size > LIMITS.max_bytes:
-            raise DataError(
-                f"{where or 'picture'}: picture {source.path} is too large",
-                kind="too large",
-                got=f"{size:,} bytes",
-                expected=f"at most {LIMITS.max_bytes:,}",
-                cure="make it smaller",
-            )
+            raise too_large(f"{where or 'picture'}: picture {source.path}", f"{size:,} bytes")
         return source.read()
     except OSError as problem:
         raise DataError(

@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import tiny
 import torch
 from interrupted import kept, records
 from safetensors.torch import load_file
@@ -20,11 +18,6 @@ from vlm.train.checkpoint import file_hash, latest
 KILLS = 30
 FULL = Path(__file__).with_name("full_disk.py")
 OVERRIDES = ("every_stage.steps=40", "save.every=2", "save.keep=2", "workers=1", "log_every=5", "model.llm.config.attention_dropout=0.1")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
 
 
 def start(root: Path, runs: Path, name: str, kind: str, draw: random.Random) -> subprocess.Popen[str]:

@@ -13,18 +13,13 @@ from typer.testing import CliRunner
 from vlm.cli import app
 from vlm.composition import ConfigurationProblems
 from vlm.errors import ConfigurationError, EnvironmentProblem
-from vlm.eval.report import scored
+from vlm.eval.scores import scored
 from vlm.train import ablate, checkpoint, loop, stages
 from vlm.train.ablate import plan, run_ablation, values
 from vlm.train.comparison import Comparison, Run, interval
 from vlm.train.config import RunSpec
 
 RATES = "stages.align.train.connector=1.0e-3,1.0e-2"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
 
 
 def shares(accuracy: float, blind: float | None = 0.25, protocol: str = "p") -> dict[str, Any]:

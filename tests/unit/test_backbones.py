@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted import records
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -347,11 +348,6 @@ ENCODERS = {
 TRAINED = "stages.instruct.train={encoder: 1.0e-3, connector: 1.0e-3, llm: 1.0e-3}"
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
-
-
 def compose(root: Path, encoder: str, *more: str) -> Any:
     return vlm.compose("llava_tiny", f"data_root={root}", f"model.encoder={ENCODERS[encoder]}", TRAINED, *more)
 
@@ -376,14 +372,16 @@ def test_saved_and_loaded(root: Path, tmp_path: Path, encoder: str) -> None:
 def test_trains_and_answers(root: Path, tmp_path: Path, encoder: str) -> None:
     run = compose(root, encoder, f"runs={tmp_path}")
     folder = vlm.fit(run)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == 8 and all(0 < record["loss"] < 20 for record in records)
+    losses = [record["loss"] for record in records(folder)]
+    assert len(losses) == 8 and all(0 < loss < 20 for loss in losses)
     before, after = (dict(VLM.from_pretrained(folder / place).encoder.named_parameters()) for place in ("stages/align", "export"))
     model, processor = vlm.load(folder)
     idle = {id(parameter) for parameter in model.encoder.unused(model.reads)}
     names = {name for name, parameter in model.encoder.named_parameters() if id(parameter) in idle}
     assert {name for name, value in before.items() if torch.equal(value, after[name])} == names
-    assert vlm.answer(model, processor, "What colour is the picture?", images=[Image.open(root / "img" / "0.png").convert("RGB")]) is not None
+    asked = ("What colour is the picture?", [Image.open(root / "img" / "0.png").convert("RGB")])
+    said = vlm.answer(model, processor, *asked, max_new_tokens=16)
+    assert said and said == vlm.answer(*vlm.load(folder / "stages" / "instruct"), *asked, max_new_tokens=16)
 
 
 @pytest.mark.ranks
@@ -396,5 +394,5 @@ def test_two_ranks_at_zero_3_are_one(root: Path, tmp_path: Path, encoder: str) -
     command = [str(Path(sys.executable).with_name("vlm")), "train", "llava_tiny", *overrides, "--nproc", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    losses = [[json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, tmp_path / "two")]
+    losses = [[record["loss"] for record in records(folder)] for folder in (one, tmp_path / "two")]
     assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=2e-5)

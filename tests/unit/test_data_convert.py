@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from vlm import compose
 from vlm.cli import app
-from vlm.data.convert import convert_data, new_folder
+from vlm.data.convert import convert_data
 from vlm.data.llava import LlavaSource
 from vlm.data.sample import Picture, Sample, Turn, held
 from vlm.data.sources import columns_of, sources_at
@@ -282,16 +282,9 @@ def test_without_the_packages_the_cure_is_told(tmp_path: Path, monkeypatch: pyte
         write_split(SAMPLES, tmp_path, "train", "parquet")
 
 
-def test_new_folder_never_writes_over_another(tmp_path: Path):
-    (tmp_path / "out").mkdir()
-    with new_folder(tmp_path / "out") as folder:
-        write_records(folder / "x.json", [{"id": "é"}, {"id": 2}])
-    assert (tmp_path / "out" / "x.json").read_text(encoding="utf-8") == '[\n{"id": "é"},\n{"id": 2}\n]\n'
-    with pytest.raises(DataError, match="is there already"), new_folder(tmp_path / "out"):
-        pass
-    with pytest.raises(KeyError), new_folder(tmp_path / "other"):
-        raise KeyError
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_records_stand_on_lines_of_their_own(tmp_path: Path):
+    write_records(tmp_path / "x.json", [{"id": "é"}, {"id": 2}])
+    assert (tmp_path / "x.json").read_text(encoding="utf-8") == '[\n{"id": "é"},\n{"id": 2}\n]\n'
 
 
 @pytest.mark.parametrize("to", ["llava", "parquet", "tar"])

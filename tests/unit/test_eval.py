@@ -62,11 +62,6 @@ def test_every_question_is_asked_alone_with_its_pictures() -> None:
     assert not any(question.sample.independent for question in found)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
-
-
 def tiny_run(root: Path, *overrides: str) -> RunSpec:
     return compose(RunSpec, "llava_tiny", [f"data_root={root}", *overrides])
 

@@ -1,11 +1,10 @@
 """Parts of a user's own, one file and one YAML each: they compose, train, save, load. On two ranks: test_ranks.py."""
 
-import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from interrupted import records
 
 import vlm
 from vlm.loading import first_model, saved_model
@@ -13,11 +12,6 @@ from vlm.processor import collate, load_tokenizer, placeholder_id
 from vlm.train.forms import model_at
 
 RUN = Path(__file__).parents[1] / "extension" / "run.yaml"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
 
 
 def compose(root: Path, *more: str) -> "vlm.RunSpec":  # type: ignore[name-defined]
@@ -37,10 +31,10 @@ def test_a_part_copies_the_encoder_and_counts_its_tokens(root: Path) -> None:
 
 def test_it_trains_through_both_stages_and_reloads(root: Path, tmp_path: Path) -> None:
     folder = vlm.fit(compose(root, f"runs={tmp_path}"))
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [record["stage"] for record in records] == ["align"] * 4 + ["instruct"] * 4
-    assert "auxiliary" not in records[0] and records[4]["auxiliary"]["twin"] == pytest.approx(0.02 * 2, rel=1e-5)  # two layers, gate zero
-    assert set(records[4]["rates"]) == {"encoder.high", "encoder.low", "connector.fuse", "llm.twin.vision", "llm.twin.gate"}
+    steps = records(folder)
+    assert [step["stage"] for step in steps] == ["align"] * 4 + ["instruct"] * 4
+    assert "auxiliary" not in steps[0] and steps[4]["auxiliary"]["twin"] == pytest.approx(0.02 * 2, rel=1e-5)  # two layers, gate zero
+    assert set(steps[4]["rates"]) == {"encoder.high", "encoder.low", "connector.fuse", "llm.twin.vision", "llm.twin.gate"}
     before, after = saved_model(folder / "stages" / "align"), saved_model(folder / "export")
     start = dict(before.named_parameters())
     for name, parameter in after.named_parameters():
@@ -50,8 +44,9 @@ def test_it_trains_through_both_stages_and_reloads(root: Path, tmp_path: Path) -
         if ".layers.0.mlp.vision." in name:  # what the last layer makes of picture tokens, no answer reads
             assert not torch.equal(parameter, start[source]), name  # started from the copy, and moved
             assert (parameter - start[source]).abs().max() < 5e-3, name
-    model, processor = vlm.load(folder)
-    assert vlm.answer(model, processor, "What colour is the picture?", images=[root / "img" / "0.png"]) is not None
+    asked = ("What colour is the picture?", [root / "img" / "0.png"])
+    said = vlm.answer(*vlm.load(folder), *asked, max_new_tokens=16)
+    assert said and said == vlm.answer(*vlm.load(folder / "stages" / "instruct"), *asked, max_new_tokens=16)
 
 
 def test_facts_reach_the_adaptation_and_nothing_changes_at_step_0(root: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from interrupted import records
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -379,6 +380,6 @@ def test_two_ranks_under_zero_3_train_as_one(tmp_path: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-        losses.append([json.loads(line)["loss"] for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()])
+        losses.append([record["loss"] for record in records(tmp_path / "runs" / name)])
     assert len(losses[0]) == 6
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)

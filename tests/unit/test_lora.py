@@ -1,6 +1,5 @@
 """LoRA on any part: the identity at first, the equalities of every adaptation, two stages of a run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +8,14 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
-from adapted import logits, made, model_spec
+from adapted import batches_of, logits, made, model_spec
 from equal import differences, measure, trained
-from interrupted import stopped_at
+from interrupted import records, stopped_at
 from safetensors.torch import load_file
 from torch import nn
 
 import vlm
 from vlm.composition import from_plain
-from vlm.data.sample import Picture, Sample, Turn
 from vlm.encoders.siglip import SigLIPSpec
 from vlm.errors import ConfigurationError
 from vlm.llm import head as heads
@@ -26,9 +24,6 @@ from vlm.llm.base import AdaptationSpec
 from vlm.llm.lora import LoRASpec
 from vlm.loading import saved_model
 from vlm.model import VLM
-from vlm.processor import VLMProcessor
-from vlm.prompt import PromptSpec
-from vlm.row import Row, collate
 
 EVERYWHERE = {
     "lora": LoRASpec(rank=3, targets=("*_proj", "lm_head", "embed_tokens")),
@@ -39,18 +34,7 @@ EVERYWHERE = {
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """A row with a picture, a row of text, both in one batch, both in one row; and as questions, apart and together."""
-    file = tmp_path_factory.mktemp("pictures") / "0.png"
-    tiny.picture(seed=0).save(file)
-    processor = VLMProcessor(model_spec(), 32, tiny.tokenizer(), PromptSpec(use="chatml"))
-    picture = Turn("user", (Picture(str(file)), "\nWhat colour?"))
-    text = Turn("user", ("How many objects are there?",))
-    says = Turn("assistant", ("red and green",), True)
-    rows = [processor.row(Sample("a", (picture, says))), processor.row(Sample("b", (text, says)))]
-    asked = [Sample("a", (picture,)), Sample("b", (text,))]
-    return {"vision": collate(rows[:1], pad_id=0), "text": collate(rows[1:], pad_id=0), "both": collate(rows, pad_id=0), "packed": collate([Row.packed(rows)], pad_id=0)} | {
-        "ask_a": processor(asked[:1]), "ask_b": processor(asked[1:]), "ask": processor(asked)
-    }  # fmt: skip
+    return batches_of(tmp_path_factory.mktemp("pictures"))
 
 
 # ---- structure -------------------------------------------------------------------------------------------------------------
@@ -223,11 +207,6 @@ def test_lora_does_not_come_after_what_is_built_on_top_of_it(root: Path) -> None
 # ---- a run ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
-
-
 def run(root: Path, folder: Path, name: str, *more: str, resume: bool = False) -> Path:
     adapt = "{tower_lora: {use: lora, part: encoder, rank: 2}, lora: {since: instruct, rank: 4, dropout: 0.1, targets: ['*_proj', lm_head, embed_tokens]}}"
     train = ("stages.align.train={connector: 1.0e-3, encoder: {lora: 2.0e-3}}", "stages.instruct.train={connector: 1.0e-3, llm: {rest: frozen, lora: 2.0e-3}}")
@@ -253,7 +232,7 @@ def test_a_run_of_two_stages_resumes_bit_by_bit(root: Path, tmp_path: Path) -> N
         elif ".lora_" not in name or name.startswith("encoder."):
             assert torch.equal(tensor, before), name  # what nobody named is frozen
     assert any(tensor.abs().max() > 0 for name, tensor in align.items() if ".lora_B." in name and name.startswith("encoder."))
-    rates = [json.loads(line)["rates"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    rates = [record["rates"] for record in records(whole)]
     assert set(rates[0]) == {"connector.mlp", "encoder.lora"} and set(rates[-1]) == {"connector.mlp", "llm.lora"}
 
 

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import adapted
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
@@ -26,7 +27,7 @@ from vlm.llm.lora import LoRASpec
 from vlm.llm.mm_lora import MMLoRASpec
 from vlm.loading import first_model, saved_model
 from vlm.model import VLM
-from vlm.processor import VLMProcessor, placeholder_id
+from vlm.processor import VLMProcessor
 from vlm.prompt import PromptSpec
 from vlm.weights.export import export_run
 from vlm.weights.merge import merge_language, merge_lora, merge_run, merge_text
@@ -35,20 +36,9 @@ TOWER = {"tower_lora": LoRASpec(part="encoder", rank=2), "bridge": LoRASpec(part
 IDS = torch.arange(20)[None]
 
 
-def model_spec(family: str, adapt: Mapping[str, AdaptationSpec], **numbers: Any) -> ModelSpec:
-    llm = LLMSpec(config=tiny.llm_config(family, **numbers), weights="random")
-    return ModelSpec(encoder=CLIPSpec(config=tiny.tower_config(), weights="random"), connector=MLPSpec(), llm=llm, adapt=adapt)
-
-
-def made(family: str = "llama", adapt: Mapping[str, AdaptationSpec] | None = None, **numbers: Any) -> VLM:
-    """A model whose LoRA has values everywhere."""
-    torch.manual_seed(0)
-    model = first_model(model_spec(family, TOWER if adapt is None else adapt, **numbers), placeholder_id(tiny.tokenizer())).eval()
-    with torch.no_grad():
-        for path, parameters in model.groups().items():
-            for parameter in parameters if "lora" in path else ():
-                nn.init.normal_(parameter, std=0.1)
-    return model
+def made(family: str = "llama", *, adapt: Mapping[str, AdaptationSpec], **numbers: Any) -> VLM:
+    """In evaluation mode."""
+    return adapted.made(adapted.model_spec(family, adapt, **numbers), std=0.1).eval()
 
 
 def answer(model: VLM) -> Tensor:
@@ -64,7 +54,7 @@ def answer(model: VLM) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("targets", [None, ("q_proj", "lm_head"), ("embed_tokens",)])
 def test_merged_is_unmerged(family: str, targets: tuple[str, ...] | None, tmp_path: Path) -> None:
-    model = made(family, {"mine": LoRASpec(rank=3, targets=targets), **TOWER})
+    model = made(family, adapt={"mine": LoRASpec(rank=3, targets=targets), **TOWER})
     before, plain = answer(model), {name.replace(".base_layer", ""): p.clone() for name, p in model.named_parameters(remove_duplicate=False) if ".lora_" not in name}
     done = merge_lora(model)
     assert done.names == ("mine", "tower_lora", "bridge") and done.untied == (family == "gemma2" and targets is not None)
@@ -86,7 +76,7 @@ def test_merged_is_unmerged(family: str, targets: tuple[str, ...] | None, tmp_pa
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_merges(family: str) -> None:
-    model = made(family, {"lora": LoRASpec(rank=3)})
+    model = made(family, adapt={"lora": LoRASpec(rank=3)})
     before = answer(model)
     merge_lora(model)
     after = answer(model)
@@ -119,7 +109,7 @@ def saved(model: VLM, folder: Path) -> Path:
 
 
 def test_vlm_merge_writes_a_folder_that_loads(tmp_path: Path) -> None:
-    model = made("gemma2", {"lora": LoRASpec(rank=3, targets=("lm_head",))})
+    model = made("gemma2", adapt={"lora": LoRASpec(rank=3, targets=("lm_head",))})
     source = saved(model, tmp_path / "source")
     result = CliRunner().invoke(app, ["merge", str(source)])
     assert result.exit_code == 0, result.output
@@ -135,7 +125,7 @@ def test_vlm_merge_writes_a_folder_that_loads(tmp_path: Path) -> None:
 
 
 def test_an_export_is_merged_and_an_adapter_is_not(tmp_path: Path) -> None:
-    model = made("qwen2", {"lora": LoRASpec(rank=3, targets=("lm_head", "v_proj")), **TOWER}, tie_word_embeddings=True)
+    model = made("qwen2", adapt={"lora": LoRASpec(rank=3, targets=("lm_head", "v_proj")), **TOWER}, tie_word_embeddings=True)
     source = saved(model, tmp_path / "source")
     report = export_run(source)
     assert report.max_logit_difference <= 1e-4 and "untied" in report.merged
@@ -143,7 +133,7 @@ def test_an_export_is_merged_and_an_adapter_is_not(tmp_path: Path) -> None:
         assert "language_model.lm_head.weight" in file.keys()  # noqa: SIM118
     with pytest.raises(ConfigurationError, match="bridge has no stock form"):
         vlm_export(source)
-    lone = saved(made("qwen2", {"lora": LoRASpec(rank=3)}), tmp_path / "lone")
+    lone = saved(made("qwen2", adapt={"lora": LoRASpec(rank=3)}), tmp_path / "lone")
     assert "28 tensors for AutoModelForCausalLM" in vlm_export(lone)
     assert sorted(path.name for path in (lone / "export-peft" / "lora").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -161,7 +151,7 @@ def vlm_export(folder: Path) -> str:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("rank", [{"vision": 3, "language": 5}, {"vision": 2, "language": 0}])
 def test_the_language_side_alone_is_a_text_model(family: str, rank: dict[str, int], tmp_path: Path) -> None:
-    model = made(family, {"lora": LoRASpec(rank=2, targets=("q_proj",)), "mm_lora": MMLoRASpec(rank=rank), **TOWER})
+    model = made(family, adapt={"lora": LoRASpec(rank=2, targets=("q_proj",)), "mm_lora": MMLoRASpec(rank=rank), **TOWER})
     source = saved(model, tmp_path / "source")
     refused = CliRunner().invoke(app, ["merge", str(source)])
     assert refused.exit_code == 1 and "mm_lora cannot be merged" in refused.output and "--text-only" in refused.output
@@ -177,7 +167,7 @@ def test_the_language_side_alone_is_a_text_model(family: str, rank: dict[str, in
         before = model(input_ids=IDS).logits
         assert (again.eval()(input_ids=IDS).logits - before).abs().max() <= 1e-5
         if rank["language"]:
-            assert (made(family, {"lora": LoRASpec(rank=2, targets=("q_proj",))})(input_ids=IDS).logits - before).abs().max() > 0.01
+            assert (made(family, adapt={"lora": LoRASpec(rank=2, targets=("q_proj",))})(input_ids=IDS).logits - before).abs().max() > 0.01
     processor = vlm.load(source)[1]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     said = tokenizer.apply_chat_template([{"role": "user", "content": "What colour is it?"}], add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]

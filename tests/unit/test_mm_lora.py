@@ -9,13 +9,12 @@ from unittest.mock import patch
 import pytest
 import tiny
 import torch
-from adapted import logits, made, model_spec
+from adapted import batches_of, logits, made, model_spec
 from equal import differences, measure
 from torch import Tensor, nn
 
 from vlm.composition import from_plain, to_plain
 from vlm.config import LLMSpec
-from vlm.data.sample import Picture, Sample, Turn
 from vlm.errors import ConfigurationError
 from vlm.llm import registry
 from vlm.llm.base import check_claims
@@ -25,9 +24,6 @@ from vlm.llm.lora import LoRASpec
 from vlm.llm.mm_lora import MMLoRALinear, MMLoRASpec
 from vlm.loading import saved_model, text_config
 from vlm.model import VLM
-from vlm.processor import VLMProcessor
-from vlm.prompt import PromptSpec
-from vlm.row import Row, collate
 
 RANKS = {"vision": 2, "language": 3}
 EVERYWHERE = {"mm_lora": MMLoRASpec(rank=RANKS, scale={"vision": 1.5, "language": 2.0}, dropout=0.0)}
@@ -36,18 +32,7 @@ SHAPES = ("vision", "text", "both", "packed")
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """A row with a picture, a row of text, both in one batch, both in one row; and as questions, apart and together."""
-    file = tmp_path_factory.mktemp("pictures") / "0.png"
-    tiny.picture(seed=0).save(file)
-    processor = VLMProcessor(model_spec(), 32, tiny.tokenizer(), PromptSpec(use="chatml"))
-    picture = Turn("user", (Picture(str(file)), "\nWhat colour?"))
-    text = Turn("user", ("How many objects are there?",))
-    says = Turn("assistant", ("red and green",), True)
-    rows = [processor.row(Sample("a", (picture, says))), processor.row(Sample("b", (text, says)))]
-    asked = [Sample("a", (picture,)), Sample("b", (text,))]
-    return {"vision": collate(rows[:1], pad_id=0), "text": collate(rows[1:], pad_id=0), "both": collate(rows, pad_id=0), "packed": collate([Row.packed(rows)], pad_id=0)} | {
-        "ask_a": processor(asked[:1]), "ask_b": processor(asked[1:]), "ask": processor(asked)
-    }  # fmt: skip
+    return batches_of(tmp_path_factory.mktemp("pictures"))
 
 
 def linear(spec: MMLoRASpec, into: int = 6, out: int = 5, bias: bool = True) -> MMLoRALinear:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+import yaml
 from interrupted import records, stopped_at
 from torch import nn
 
@@ -24,6 +25,7 @@ from vlm.train import stages
 from vlm.train.stages import starting_model
 
 EVIL = 'What is <script>alert("x")</script> & <img src="http://example.org/a.png">?'
+COLOUR = "What colour is the picture?"
 
 
 class Page(HTMLParser):
@@ -35,7 +37,7 @@ class Page(HTMLParser):
         self.text, self.style, self.rows = "", "", [[]]
         self.sections: dict[str, str] = {}
         self._inside, self._section, self._cell = "", "", False
-        self.feed(file.read_text(encoding="utf-8"))
+        self.feed(file.read_bytes().decode())  # with carriage returns as they are
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -136,13 +138,23 @@ def test_its_numbers_are_those_of_the_run(mixed: Path) -> None:
 def test_samples_show_what_each_model_answers_and_text_stays_text(arcana: Path, mixed: Path) -> None:
     for folder in (arcana, mixed):
         page = Page(folder / "report.html")
-        model, processor = vlm.load(folder / "stages" / "instruct")
-        question = "What colour is the picture?"
-        said = vlm.answer(model, processor, question, images=[folder_picture(folder, 2)], max_new_tokens=32)
         assert EVIL in page.sections["samples"] and "<b>evil</b>" in page.sections["samples"]
-        assert said.strip() in page.sections["samples"].replace("…", "")
-        rows = [row[0] for row in page.rows if row and row[0].startswith(("before", "after", "reference"))]
-        assert rows[:4] == ["reference", "before training", "after align", "after instruct"]
+        rows = [row for row in page.rows if row[:1] and row[0].startswith(("before", "after", "reference"))]
+        assert [row[0] for row in rows] == ["reference", "before training", "after align", "after instruct"] * 6
+        assert [row[1] for row in rows[::4]] == ["red", "green", "blue"] * 2
+        for place, stage in ((2, "align"), (3, "instruct")):
+            model, processor = vlm.load(folder / "stages" / stage)
+            said = [vlm.answer(model, processor, EVIL if number == 0 else COLOUR, [folder_picture(folder, number)], max_new_tokens=32) for number in range(6)]
+            assert any(said) and [row[1].removesuffix(" ✓").removesuffix(" …") for row in rows[place::4]] == [text or "nothing" for text in said]
+
+
+def test_without_eval_the_questions_are_shared_among_the_training_sources(mixed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(mixed, tmp_path / "run"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"eval": {}}))
+    page = Page(write_report(folder))
+    assert sum(tag == "article" for tag, _ in page.tags) == 8 and page.sections["samples"].count("Describe the picture") == 4
+    assert "these are training questions of stage instruct" in page.sections["samples"]
 
 
 def test_a_picture_that_broke_is_a_sentence(mixed: Path, root: Path, tmp_path: Path) -> None:
@@ -286,9 +298,9 @@ def test_a_curve_keeps_its_mean_and_its_ends_when_thinned() -> None:
 
 @pytest.mark.parametrize("values", [[1.0], [0.0, 0.0], [5.0, 5.0, float("nan")], [1e-9, 3e-9], [-1.0, 2.0], [0.5, float("inf")], []])
 @pytest.mark.parametrize("log", [True, False])
-def test_any_values_can_be_drawn(values: list[float], log: bool, tmp_path: Path) -> None:
+def test_any_values_can_be_drawn(values: list[float], log: bool) -> None:
     chart = Chart("<loss>", [Curve("<a>", list(enumerate(values, 1)))], [(1, "<b>")], log=log)
     drawn = chart.svg()
-    chart.png(tmp_path / "one.png")
+    assert chart.png().startswith(b"\x89PNG")
     assert "nan" not in drawn and "inf" not in drawn and "<a>" not in drawn
     assert bool(drawn) == bool(values)

@@ -4,10 +4,15 @@ import re
 from typing import Any
 
 import pytest
+import tiny
+from conversations import says, user
+from prompts import prompt, shown, stretches, system
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from vlm.data.sample import Picture, Turn
 from vlm.errors import ConfigurationError, DataError
+from vlm.prompt import GIVEN_UP, PICTURE
 from vlm.prompt_official import IGNORE, IMAGE, TEMPLATES, Labelled, collate, prompt_ids, prompt_text, train_ids_and_labels
 
 SYSTEM = TEMPLATES["v1"].system
@@ -137,3 +142,82 @@ def test_what_was_not_released_is_refused() -> None:
         labelled("<image>", "a", "b", "c", template="plain")
     with pytest.raises(DataError, match=r"do not alternate. got human, human; expected human, gpt"):
         train_ids_and_labels([{"from": "human", "value": "q"}] * 2, tokenizer(), "v1", has_image=False, model_max_length=9, legacy=False)
+
+
+# ---- rows of an official prompt --------------------------------------------------------------------------------------------
+
+
+def vicuna(kind: str = "byte_level", legacy: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer that starts every string with <s> and ends answers in </s>."""
+    tokenizer = tiny.tokenizer(kind, bos="<s>", eos="</s>", pad="<|endoftext|>")
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    tokenizer.legacy = legacy  # type: ignore[attr-defined]
+    return tokenizer
+
+
+def test_official_rows_have_the_released_ids_and_labels() -> None:
+    tokenizer = vicuna(legacy=True)
+    used = prompt("vicuna_v1", tokenizer, official=True)
+    said = [{"from": "human", "value": "What\n<image>"}, {"from": "gpt", "value": "red"}, {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "so"}]
+    released = train_ids_and_labels(said, tokenizer, "vicuna_v1", has_image=True, model_max_length=2048, legacy=True)
+    row = used.encode((user("What\n", Picture("")), says("red"), user("Why?"), says("so")))
+    assert not released.ignored
+    assert row.ids == [PICTURE if index == IMAGE else index for index in released.input_ids]
+    assert row.supervised == [label != IGNORE for label in released.labels]
+    assert [shown(tokenizer, ids) for ids in stretches(row)] == [" red</s>", " so</s>"]
+    assert row.notes == ()
+    plain = prompt("plain", tokenizer, official=True).encode((user("Describe it.\n", Picture("")), says("a dog")))
+    assert plain.ids[:2] == [tokenizer.bos_token_id, PICTURE]
+    assert [shown(tokenizer, ids) for ids in stretches(plain)] == ["a dog\n"]
+
+
+def test_official_inference_prompts_are_ours() -> None:
+    turns = (user(Picture(""), "\nq"),)
+    assert prompt("vicuna_v1", vicuna(), official=True).encode(turns, generate=True).ids == prompt("vicuna_v1", vicuna()).encode(turns, generate=True).ids
+
+
+def test_official_reads_the_legacy_switch_and_counts_what_it_gives_up() -> None:
+    turns = (user("q"), says("a"), user("r"), says("b"))
+    wrong = prompt("vicuna_v1", vicuna(legacy=False), official=True).encode(turns)
+    assert wrong.notes == (GIVEN_UP,)
+    assert not any(wrong.supervised)
+    assert any(prompt("vicuna_v1", vicuna(legacy=True), official=True).encode(turns).supervised)
+
+
+def test_official_does_not_give_up_what_is_cut() -> None:
+    """The release compares the counts of whole samples only; the row is still whole here, so that its length can be told."""
+    turns = (user("q" * 90), says("a"), user("r"), says("b"))
+    used = prompt("vicuna_v1", vicuna(legacy=False), official=True)
+    whole, cut = used.encode(turns), used.encode(turns, max_length=60)
+    assert (whole.notes, cut.notes) == ((GIVEN_UP,), ())
+    assert len(cut.ids) == len(cut.supervised) == len(whole.ids) > 60
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ((system("s"), user("q"), says("a")), "no system turns"),
+        ((user("q"), says("an <image> mark")), "no <image> in text"),
+        ((user("q"), says("a", supervised=False), user("r"), says("b")), "no unsupervised answers"),
+        ((user(Picture(""), Picture(""), "q"), says("a")), "keeps one picture per turn. got 1 kept; expected 2"),
+        ((user("q"), user("r"), says("a")), "the turns do not alternate"),
+    ],
+)
+def test_official_refuses_what_the_release_could_not_say(turns: tuple[Turn, ...], message: str) -> None:
+    with pytest.raises(DataError, match=f"^f.json, sample 1: .*{message}"):
+        prompt("vicuna_v1", vicuna(), official=True).encode(turns, where="f.json, sample 1")
+
+
+def test_official_counts_an_opening_answer_that_it_leaves_out() -> None:
+    assert prompt("vicuna_v1", vicuna(), official=True).encode((says("hello"), user("q"), says("a"))).notes == ("opening answer left out",)
+
+
+def test_official_prompts_that_do_not_fit() -> None:
+    for use in ("chatml", "tokenizer"):
+        with pytest.raises(ConfigurationError, match=f"no label walk was released for prompt '{use}'. expected plain or vicuna_v1"):
+            prompt(use, vicuna(), official=True)
+    with pytest.raises(ConfigurationError, match="an official prompt has its own system text. got system 'Short.'"):
+        prompt("vicuna_v1", vicuna(), official=True, system="Short.")
+    with pytest.raises(ConfigurationError, match="puts its start token in front of every string.*leave `official` out"):
+        prompt("vicuna_v1", official=True)

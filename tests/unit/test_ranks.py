@@ -1,26 +1,19 @@
 """One rank = two ranks at ZeRO 0 to 3 (gloo): gradients, the loss curve, and parts of a user's own. One torchrun per ZeRO stage."""
 
-import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from interrupted import records
-from ranks import assert_equal_gradients, launch
+from ranks import assert_equal_steps, assert_resumed, launch
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.mixed_root(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def one(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(WORKER, root, tmp_path_factory.mktemp("one"), 0, 1)
+def one(mixed_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(WORKER, mixed_root, tmp_path_factory.mktemp("one"), 0, 1)
 
 
 def losses(folder: Path) -> list[float]:
@@ -30,19 +23,15 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.ranks
 def test_accumulation_does_not_change_the_gradient(one: Path) -> None:
     for accumulate in ("1", "8"):
-        assert json.loads((one / accumulate / "sgd.json").read_text()) == pytest.approx(json.loads((one / "sgd.json").read_text()), rel=1e-6)
-        assert_equal_gradients(load_file(one / "sgd.safetensors"), load_file(one / accumulate / "sgd.safetensors"))
+        assert_equal_steps(one, one / accumulate)
 
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_one_rank_equals_two(root: Path, one: Path, tmp_path: Path, zero: int) -> None:
-    two = launch(WORKER, root, tmp_path / "two", zero, 2)
-    expected, got = load_file(one / "sgd.safetensors"), load_file(two / "sgd.safetensors")
-    assert json.loads((two / "sgd.json").read_text()) == pytest.approx(json.loads((one / "sgd.json").read_text()), rel=1e-6)
-    assert_equal_gradients(expected, got)
-    whole, cut = (load_file(two / name / "export" / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole), "interrupted = uninterrupted, bit for bit"
+def test_one_rank_equals_two(mixed_root: Path, one: Path, tmp_path: Path, zero: int) -> None:
+    two = launch(WORKER, mixed_root, tmp_path / "two", zero, 2)
+    assert_equal_steps(one, two)
+    assert_resumed(two)
     assert losses(two / "whole") == losses(two / "cut")
     assert losses(two / "curve") == pytest.approx(losses(one / "curve"), abs=1e-4)
     assert losses(two / "packed") == pytest.approx(losses(one / "curve"), abs=1e-4), "packed = unpacked, in steps of differently many micro-batches"

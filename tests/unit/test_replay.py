@@ -101,7 +101,7 @@ def test_what_out_holds(root: Path, made: Path, tmp_path: Path) -> None:
         learned = "".join(part.split("]]")[0] for part in one.text.split("[[")[1:])
         assert learned == tokenizer.decode([label for label in one.labels if label != -100])
         assert f"=== {one.id} (questions, {root}/instruct.json, sample " in (out / "samples.txt").read_text()
-    with pytest.raises(ConfigurationError, match="out exists already"):
+    with pytest.raises(ConfigurationError, match="out holds something already"):
         replay_step(made, 6, out=out)
 
 
@@ -139,9 +139,9 @@ def test_a_changed_checkpoint_is_passed_over_and_other_data_are_not(root: Path, 
 
 
 def test_other_ranks_are_refused_with_what_to_do(made: Path) -> None:
-    file = made / "environment.json"
+    file = made / "metrics.jsonl"
     held = file.read_text()
-    file.write_text(json.dumps(json.loads(held) | {"ranks": 2}))
+    file.write_text(held.replace('"ranks": 1', '"ranks": 2', 1))
     try:
         with pytest.raises(CheckpointError, match=r"got 1; expected 2\. torchrun --standalone --nproc-per-node 2 --no-python vlm replay"):
             replay_step(made, 1)

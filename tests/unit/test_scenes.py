@@ -16,7 +16,7 @@ from vlm.data.llava import LlavaSource
 from vlm.data.sample import Sample
 from vlm.data.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, caption, draw_scene, paint, questions_about, write_scenes
 from vlm.data.tar import TarSource
-from vlm.errors import ConfigurationError, DataError
+from vlm.errors import ConfigurationError
 
 SMALL: dict[str, Any] = {"scenes": 30, "held_out": 40, "per_kind": 10}
 
@@ -170,5 +170,5 @@ def test_too_few_held_out_scenes_say_how_many_are_enough(tmp_path: Path):
 
 
 def test_a_folder_that_holds_something_is_left_alone(root: Path):
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(ConfigurationError, match="holds something already"):
         write_scenes(root, **SMALL)

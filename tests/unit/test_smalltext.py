@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from vlm.cli import app
 from vlm.data.llava import LlavaSource
 from vlm.data.smalltext import Page, draw_page, paint_page, questions_about, reading, write_smalltext
-from vlm.errors import ConfigurationError, DataError
+from vlm.errors import ConfigurationError
 
 PAGE: Page = ("4", None, "1", "3", "8", None, None, "5", "6")
 
@@ -75,7 +75,7 @@ def test_a_digit_lies_in_the_middle_of_its_cell():
 def test_what_cannot_be_made_is_refused(root: Path, tmp_path: Path):
     with pytest.raises(ConfigurationError, match="held out 0"):
         write_smalltext(tmp_path / "data", pages=3, held_out=0)
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(ConfigurationError, match="holds something already"):
         write_smalltext(root, pages=3, held_out=1)
     assert not list(tmp_path.iterdir())
     assert len(json.loads((root / "train.json").read_text(encoding="utf-8"))) == 20

@@ -19,11 +19,6 @@ from vlm.weights.imports import import_model
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def imported(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA of transformers' own class with the parts of llava_tiny and a padded vocabulary, imported."""
     folder = tmp_path_factory.mktemp("imported")

@@ -19,11 +19,6 @@ from vlm.train.bad import BadSamples
 from vlm.train.optim import Group
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
-
-
 def run(root: Path, folder: Path, name: str, *more: str, resume: bool = False) -> Path:
     overrides = (f"data_root={root}", f"runs={folder}", f"name={name}", "workers=0", "model.encoder.config.attention_dropout=0.1", "model.llm.config.attention_dropout=0.1")
     return vlm.fit(vlm.compose("llava_tiny", *overrides, *more), resume=resume)

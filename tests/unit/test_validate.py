@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import tiny_run
 import torch
 from idle import IdleSpec
@@ -26,11 +25,6 @@ from vlm.train.validate import Validation
 WORKER = Path(__file__).with_name("validate_worker.py")
 DROPOUT = ("model.encoder.config.attention_dropout=0.1", "model.llm.config.attention_dropout=0.1")
 LOOKS = ("validate={every: 2, samples: 5}",)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.data_root(tmp_path_factory.mktemp("data"))
 
 
 def run(root: Path, folder: Path, name: str, *more: str, resume: bool = False) -> Path:

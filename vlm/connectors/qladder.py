@@ -85,9 +85,6 @@ class QLadderSpec(ConnectorSpec):
     def widths(self, link: Link) -> Mapping[str, int]:
         return {self.stream_in(link): self.width(link)} | {name: link.widths[name] for name in self.others(link)}
 
-    def layout(self, layouts: Layouts) -> TokenLayout:
-        return self._with_queries(layouts[self.stream or next(iter(layouts))])
-
     def layouts(self, layouts: Layouts) -> Layouts:
         own = self.stream or next(iter(layouts))
         return {name: self._with_queries(layouts[name]) for name in (own, *layouts)}
@@ -120,8 +117,9 @@ class QLadder(Connector):
         self.others = {name: levels[0] for name, levels in spec.reads(link).items() if name != self.own}
         with hollow():
             tower = encoder.build()
+            blocks = [tower.block(index) for index in range(spec.built(depth))]
         self.queries = nn.Parameter(torch.empty(1, spec.queries, width))
-        self.layers = nn.ModuleList(LadderLayer(width, tower.block(index)) for index in range(spec.built(depth)))
+        self.layers = nn.ModuleList(LadderLayer(width, block) for block in blocks)
 
     def forward(self, features: Features) -> Features:
         stream = features.stream(self.own)
@@ -160,7 +158,7 @@ class QLadder(Connector):
         return [parameter for layer in self.layers[self.used :] for parameter in layer.parameters()]
 
     def initialise(self, encoder: Any) -> None:
-        """Queries from N(0, 1); every layer a copy of its block; the norm of the queries, which no block has, begins as (1, 0)."""
+        """Queries from N(0, 1); every layer a copy of its block."""
         nn.init.normal_(self.queries)
         for index, layer in enumerate(self.layers):
             layer.initialise(encoder.block(index))  # type: ignore[operator]
@@ -179,11 +177,10 @@ class LadderLayer(nn.Module):
         super().__init__()
         from transformers.activations import ACT2FN
 
-        heads, mlp, activation, eps = max(n for n in range(1, max(1, width // 64) + 1) if width % n == 0), 4 * width, "gelu", 1e-6
+        heads, mlp, activation, eps, dropout = max(n for n in range(1, max(1, width // 64) + 1) if width % n == 0), 4 * width, "gelu", 1e-6, 0.0
         if block is not None:
-            heads, mlp, activation, eps = block.heads, block.mlp_width, block.activation, block.eps
-        self.heads = heads
-        self.dropout = 0.0 if block is None else block.dropout
+            heads, mlp, activation, eps, dropout = block.heads, block.mlp_width, block.activation, block.eps, block.dropout
+        self.heads, self.dropout = heads, dropout
         self.query_norm, self.key_norm, self.mlp_norm = (nn.LayerNorm(width, eps=eps) for _ in range(3))
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
@@ -208,22 +205,31 @@ class LadderLayer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, block: Any) -> None:
-        """A copy of the block; where there is none, projections by Xavier and Glorot, biases 0."""
+        """A copy of the block, whose linears may have no bias; where there is none, projections by Xavier and Glorot. The norm of the queries, which no block has, begins as (1, 0)."""
         self.query_norm.reset_parameters()
-        linears = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out", "fc1": "fc1", "fc2": "fc2"}
-        norms = {"key_norm": "norm1", "mlp_norm": "norm2"}
-        for own, source in {**linears, **norms}.items():
-            module = self.get_submodule(own)
-            if block is None and own in norms:
-                module.reset_parameters()  # type: ignore[operator]
+        for own, source in COPIED.items():
+            module: Any = self.get_submodule(own)
+            if block is None:
+                _draw(module)
                 continue
-            given = None if block is None else getattr(block, source)
-            if given is None:
-                nn.init.xavier_uniform_(module.weight)  # type: ignore[arg-type]
-            else:
-                module.weight.copy_(given.weight)  # type: ignore[union-attr]
-            bias = None if given is None else given.bias
-            module.bias.zero_() if bias is None else module.bias.copy_(bias)  # type: ignore[union-attr]
+            given = getattr(block, source)
+            module.weight.copy_(given.weight)
+            module.bias.zero_() if given.bias is None else module.bias.copy_(given.bias)
+
+
+COPIED = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out", "key_norm": "norm1", "mlp_norm": "norm2", "fc1": "fc1", "fc2": "fc2"}
+"""Module of a ladder layer -> what it is a copy of in a BlockWeights."""
+
+
+def _draw(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    else:
+        module.reset_parameters()  # type: ignore[operator]
+
+
+# ---- in a report ---------------------------------------------------------------------------------------------------------
 
 
 SHOWN = 16

@@ -1,20 +1,18 @@
 """Any data that a reader opens -> any format that is written: one folder, one file or set of shards per split."""
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlm import folders
 from vlm.data.hf import HfReader
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.data.sources import sources_at
 from vlm.data.write import FORMATS, Written, write_split
 from vlm.errors import ConfigurationError, DataError
+from vlm.folders import new_folder
 
-__all__ = ["convert_data", "new_folder"]
+__all__ = ["convert_data"]
 
 
 def convert_data(
@@ -34,22 +32,13 @@ def convert_data(
     group: of Parquet sets with the columns image_id, question and answer: all questions about a picture of the split called train become one sample of independent pairs, called by the image_id, so that
     the picture is encoded once for all of them. Other splits keep one question per sample, because evaluation asks every question alone.
 
-    Raises DataError with file and record for the first bad one, and for what the format cannot say; nothing is left then.
+    Raises DataError with file and record for the first bad one, and for what the format cannot say; nothing is left then. ConfigurationError where `out` holds something.
     """
     if to not in FORMATS:
         raise ConfigurationError(f"cannot convert to {to!r}", expected=f"one of {', '.join(FORMATS)}")
     sources = sources_at(source, reader=reader, images=images, columns=columns)
     with new_folder(out) as folder:
         return {split: _convert_split(spec, folder, split, to, group and split == "train", per_shard) for split, spec in sources.items()}
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to be filled beside `folder`, which it becomes when all went well; else nothing is left. Raises DataError where `folder` holds something."""
-    if folders.taken(folder):
-        raise DataError(f"{os.path.abspath(folder)} is there already", cure="name another folder, or delete it")
-    with folders.new_folder(folder) as partial:
-        yield partial
 
 
 def _convert_split(spec: Any, folder: Path, split: str, to: str, group: bool, per_shard: int) -> Written:

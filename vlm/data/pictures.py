@@ -80,12 +80,12 @@ class _Below:
 
 
 def _embedded(data: bytes, name: str, where: str) -> Picture:
-    from vlm.images import LIMITS
+    from vlm.images import LIMITS, too_large
 
     if not data:
         raise DataError(f"{where}: the picture {name} holds 0 bytes", kind="empty", expected="the bytes of a picture file", cure="take the record out, or `on_bad: skip`")
     if len(data) > LIMITS.max_bytes:
-        raise DataError(f"{where}: the picture {name} is too large", kind="too large", got=f"{len(data):,} bytes", expected=f"at most {LIMITS.max_bytes:,}", cure="make it smaller")
+        raise too_large(f"{where}: the picture {name}", f"{len(data):,} bytes")
     return held(data, name)
 
 

@@ -5,8 +5,6 @@ import urllib.error
 import urllib.request
 from functools import cache
 
-from vlm.errors import DataError
-
 __all__ = ["fetch", "opener"]
 
 SECONDS = 20.0
@@ -15,7 +13,7 @@ SECONDS = 20.0
 
 def fetch(address: str) -> bytes:
     """The bytes at an address, never more than LIMITS.max_bytes: they are counted while they come, whatever the host announces. Raises OSError, DataError for too many."""
-    from vlm.images import LIMITS
+    from vlm.images import LIMITS, too_large
 
     try:
         with opener().open(address, timeout=SECONDS) as answer:
@@ -23,13 +21,7 @@ def fetch(address: str) -> bytes:
     except (http.client.HTTPException, ValueError) as problem:
         raise OSError(f"{type(problem).__name__}: {problem}") from problem
     if len(data) > LIMITS.max_bytes:
-        raise DataError(
-            f"the picture at {address} is too large",
-            kind="too large",
-            got=f"more than {LIMITS.max_bytes:,} bytes",
-            expected=f"at most {LIMITS.max_bytes:,}",
-            cure="make it smaller",
-        )
+        raise too_large(f"the picture at {address}", f"more than {LIMITS.max_bytes:,} bytes")
     return data
 
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm.data.convert import new_folder
 from vlm.data.llava import LlavaSource
 from vlm.data.tokenizer import write_tokenizer
 from vlm.data.write import write_records, write_split
 from vlm.errors import ConfigurationError
+from vlm.folders import new_folder
 
 __all__ = ["KINDS", "Question", "Scene", "Thing", "caption", "draw_scene", "llava_record", "paint", "questions_about", "write_scenes"]
 
@@ -179,7 +179,7 @@ def write_scenes(
     to: llava, or tar: the same samples and pictures as shards align-000000.tar, instruct-000000.tar, heldout-000000.tar, ... in the place of JSON and pictures/.
     align: a caption per training scene. instruct: `questions` independent questions per training scene, to one in five also the caption.
     heldout: `per_kind` questions per kind about the `held_out` scenes, one per sample, every answer of a kind equally often.
-    Returns the numbers of samples and pictures. Raises ConfigurationError for sizes that cannot be had, DataError where `folder` holds something.
+    Returns the numbers of samples and pictures. Raises ConfigurationError for sizes that cannot be had, and where `folder` holds something.
     """
     if to not in ("llava", "tar"):
         raise ConfigurationError(f"scenes cannot be written as {to!r}", expected="llava or tar")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm.data.convert import new_folder
 from vlm.data.scenes import Question, llava_record
 from vlm.data.tokenizer import write_tokenizer
 from vlm.data.write import write_records
 from vlm.errors import ConfigurationError
+from vlm.folders import new_folder
 
 __all__ = ["Page", "draw_page", "paint_page", "questions_about", "reading", "write_smalltext"]
 
@@ -70,7 +70,7 @@ def write_smalltext(folder: str | Path, *, seed: int = 0, pages: int = 4000, hel
 
     train: the reading of each page, five digits, and of a cell with and one without a digit whether it has one; independent of one another.
     test: two digits of each held-out page, and of one cell whether it has one, yes and no in turn; one question per sample.
-    Returns the numbers of samples and pictures. Raises ConfigurationError for a part without pages, DataError where `folder` holds something.
+    Returns the numbers of samples and pictures. Raises ConfigurationError for a part without pages, and where `folder` holds something.
     """
     if min(pages, held_out) < 1:
         raise ConfigurationError("small text needs pages to learn from and pages to be asked about", got=f"pages {pages}, held out {held_out}", expected="1 or more of each")

@@ -4,8 +4,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from vlm.errors import ConfigurationError
-from vlm.folders import taken
+from vlm.folders import free
 
 __all__ = ["CHAT_TEMPLATE", "SPECIAL", "write_tokenizer"]
 
@@ -19,11 +18,13 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(folder: Path, texts: Iterable[str], size: int = 512) -> int:
-    """Train a byte-level BPE of at most `size` tokens, with picture placeholder, ChatML marks and chat template, in the files that AutoTokenizer reads. Returns its length."""
+    """Train a byte-level BPE of at most `size` tokens, with picture placeholder, ChatML marks and chat template, in the files that AutoTokenizer reads. Returns its length.
+
+    Raises ConfigurationError where `folder` holds something.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if taken(folder):
-        raise ConfigurationError(f"{folder} holds something already", cure="give another folder, or remove it: models that were trained with a tokenizer need it as it is")
+    free(folder)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

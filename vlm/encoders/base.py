@@ -4,7 +4,7 @@ A Spec is a frozen, picklable dataclass. Processor, data workers, `vlm check` an
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,7 +17,7 @@ from vlm.features import Features, ImageInput, Layouts, Level, TokenLayout
 from vlm.figures import Figure, Seen
 from vlm.initial import draw
 
-__all__ = ["BlockShape", "BlockWeights", "Encoder", "EncoderSpec", "FixedSizeSpec", "Mode", "Triple"]
+__all__ = ["BlockWeights", "Encoder", "EncoderSpec", "FixedSizeSpec", "Mode", "Triple"]
 
 Mode = Literal["train", "infer"]
 Triple = tuple[float, float, float]
@@ -25,21 +25,17 @@ Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class BlockShape:
-    """Sizes of a transformer block. activation: as transformers calls it. eps: of the norms. dropout: of the attention's weights."""
+class BlockWeights:
+    """A transformer block of a tower as a ladder needs it: sizes and the modules to copy from. Linears (out, in), a bias may be missing; norms are LayerNorms; a layer scale is left out.
+
+    activation: as transformers calls it. eps: of the norms. dropout: of the attention's weights.
+    """
 
     width: int
     heads: int
     mlp_width: int
     activation: str
     eps: float
-    dropout: float = field(default=0.0, kw_only=True)
-
-
-@dataclass(frozen=True)
-class BlockWeights(BlockShape):
-    """A transformer block of a tower as a ladder needs it: sizes and the modules to copy from. Linears (out, in), a bias may be missing; norms are LayerNorms; a layer scale is left out."""
-
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
@@ -48,6 +44,7 @@ class BlockWeights(BlockShape):
     norm2: nn.LayerNorm
     fc1: nn.Linear
     fc2: nn.Linear
+    dropout: float = 0.0
 
 
 class Encoder(nn.Module):

@@ -106,7 +106,7 @@ def activation_name(module: nn.Module) -> str | None:
 
 
 def part_of_linear(weight: Tensor, bias: Tensor | None, part: int, parts: int = 3) -> nn.Linear:
-    """One of the `parts` linears that are stored as one (query, key, value): a copy, without gradients."""
+    """One of the `parts` linears that are stored as one (query, key, value): a view of them, without gradients."""
     rows = len(weight) // parts
     linear = nn.Linear(weight.shape[1], rows, bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach()[part * rows : (part + 1) * rows], requires_grad=False)

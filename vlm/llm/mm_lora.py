@@ -147,7 +147,7 @@ def _is_rate(value: float) -> bool:
 class MMLoRALinear(LoRALinear):
     """peft's layer with the adapters `vision` and `language`, of which each token takes its own.
 
-    Where there are gradients both pairs are one product: every parameter gets one in every call, and all come in one order, whatever the rows hold (DESIGN section 3).
+    In training both pairs are one product: every parameter gets one in every call, and all come in one order, whatever the rows hold (DESIGN section 3).
     """
 
     scope: Scope
@@ -155,7 +155,7 @@ class MMLoRALinear(LoRALinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """(..., in) -> (..., out). Without a context, as a decoder that is called by itself, every token is language."""
         base = self.base_layer(x, *args, **kwargs)
-        return self._together(base, x) if torch.is_grad_enabled() else self._apart(base, x)
+        return self._together(base, x) if self.training or torch.is_grad_enabled() else self._apart(base, x)
 
     def _together(self, base: Tensor, x: Tensor) -> Tensor:
         """Both pairs as one product, with the mask between A and B."""
@@ -181,7 +181,7 @@ class MMLoRALinear(LoRALinear):
 
     def _update(self, name: str, x: Tensor) -> Tensor:
         down, up = self._weight(self.lora_A, name), self._weight(self.lora_B, name)
-        return (F.linear(F.linear(self.drop(x.to(down.dtype), None), down), up) * self.scaling[name]).to(x.dtype)
+        return (F.linear(F.linear(x.to(down.dtype), down), up) * self.scaling[name]).to(x.dtype)
 
     def update_norm(self, name: str) -> float:
         """Frobenius norm of the update scale * B A, through the products of a rank's size: |B A|^2 = tr(B^T B A A^T)."""
@@ -233,6 +233,9 @@ class MMLoRALinear(LoRALinear):
         raise ConfigurationError(
             "mm_lora cannot be merged: which update a token takes depends on what it is", cure="keep it, or merge the language side alone for text: `vlm merge --text-only`"
         )
+
+
+# ---- in a report ---------------------------------------------------------------------------------------------------------
 
 
 def _norm_maps(norms: Mapping[str, Mapping[str, float]], weights: Mapping[str, float]) -> Figure:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.folders import new_folder, taken
+from vlm.folders import free, new_folder
 from vlm.weights.files import find_folder, read_file, read_json
 from vlm.weights.strict import copy_rows
 
@@ -147,9 +147,7 @@ def export_adapters(source: str | Path, out: str | Path | None = None) -> list[s
     """
     from vlm.loading import load
 
-    out = Path(out) if out is not None else Path(source) / "export-peft"
-    if taken(out):
-        raise ConfigurationError(f"{out} holds something already", cure="give another folder as --out, or remove it")
+    out = free(Path(out) if out is not None else Path(source) / "export-peft")
     model, _ = load(source)
     with new_folder(out) as partial:
         written = write_adapters(model, partial)

@@ -16,7 +16,7 @@ from vlm.llm.mm_lora import MMLoRASpec
 from vlm.weights.arcana_keys import LINEARS, to_arcana
 from vlm.weights.arcana_read import MODEL_TYPES, SCALE, SELECT
 from vlm.weights.found import METADATA, flat_text
-from vlm.weights.public import Row, generation_settings, mlp_obstacles, own_tensors, public_tokenizer, starts_row
+from vlm.weights.public import Obstacle, common_obstacles, generation_settings, kept, mlp_obstacles, own_tensors, public_tokenizer, sentences, starts_row
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -30,6 +30,7 @@ LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24
 TOWERS = {336: "openai/clip-vit-large-patch14-336", 224: "openai/clip-vit-large-patch14"}
 """CLIP's large towers by picture size: what `mm_vision_tower` calls them."""
 
+NAME = "Arcana"
 POLICIES = ("pad", "native")
 WRITES = "Arcana's own keys"
 
@@ -39,12 +40,11 @@ WRITES = "Arcana's own keys"
 
 def obstacles(model: ModelSpec, text_config: Any) -> list[str]:
     """All that keeps a model from being one; empty where nothing does."""
-    rows = [*_seeing(model, text_config.hidden_size), *_reading(model, text_config)]
-    found = [f"{part} is {got}, Arcana has {expected}" for bad, part, got, expected in rows if bad]
-    return found or list(_differences(text_config))
+    rows = [*_seeing(model, text_config.hidden_size), *common_obstacles(model, text_config, ("llama",)), *_adapting(model, text_config)]
+    return sentences(rows, NAME) or sentences(_differences(text_config), NAME)
 
 
-def _seeing(model: ModelSpec, width: int) -> Iterator[Row]:
+def _seeing(model: ModelSpec, width: int) -> Iterator[Obstacle]:
     """Of encoder and connectors."""
     encoder, connector, then = model.encoder, model.connector, model.connector.then
     yield not isinstance(encoder, CLIPSpec), "model.encoder", encoder.use, "clip"
@@ -60,16 +60,14 @@ def _seeing(model: ModelSpec, width: int) -> Iterator[Row]:
         yield then.then is not None, "model.connector.then.then", then.then and then.then.use, "two connectors"
         for bad, part, got, expected in mlp_obstacles(then, width) if then.use == "mlp" else ():
             yield bad, part.replace("connector", "connector.then"), got, expected
-    yield model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each"
 
 
-def _reading(model: ModelSpec, text_config: Any) -> Iterator[Row]:
-    """Of the decoder and what adapts it."""
-    yield text_config.model_type != "llama", "model.llm", text_config.model_type, "llama"
-    kept = {name: spec for name, spec in model.adapt.items() if not spec.mergeable}  # the others are merged before they are written
-    others = [name for name, spec in kept.items() if not isinstance(spec, MMLoRASpec)]
-    yield bool(others) or len(kept) != 1, "model.adapt", ", ".join(kept) or "no MM-LoRA", "one mm_lora"
-    for name, spec in kept.items():
+def _adapting(model: ModelSpec, text_config: Any) -> Iterator[Obstacle]:
+    """Of what adapts the decoder."""
+    adapt = kept(model)
+    others = [name for name, spec in adapt.items() if not isinstance(spec, MMLoRASpec)]
+    yield bool(others) or len(adapt) != 1, "model.adapt", ", ".join(adapt) or "no MM-LoRA", "one mm_lora"
+    for name, spec in adapt.items():
         if isinstance(spec, MMLoRASpec):
             scales = {modality: spec.settings(modality).lora_alpha / rank for modality, rank in spec.adapters.items()}
             yield len(scales) < len(RANKS), f"model.adapt.{name}.rank", dict(spec.rank), "1 or more for both"
@@ -78,7 +76,7 @@ def _reading(model: ModelSpec, text_config: Any) -> Iterator[Row]:
                 yield _targets(name, spec.plan(text_config), text_config)
 
 
-def _targets(name: str, paths: Iterable[str], text_config: Any) -> Row:
+def _targets(name: str, paths: Iterable[str], text_config: Any) -> Obstacle:
     """paths: of the linears that carry MM-LoRA."""
     wanted = {f"model.layers.{index}.{linear}" for index in range(text_config.num_hidden_layers) for linear in LINEARS}
     found = set(paths)
@@ -90,10 +88,10 @@ def _targets(name: str, paths: Iterable[str], text_config: Any) -> Row:
     )
 
 
-def _differences(text_config: Any) -> Iterator[str]:
+def _differences(text_config: Any) -> Iterator[Obstacle]:
     """Numbers of the decoder that a flat config.json cannot hold, such as scaled rotary positions."""
     ours, theirs = text_config.to_dict(), flat_text("llama", _text(text_config)).to_dict()
-    yield from (f"model.llm.{key} is {ours[key]}, Arcana has {theirs.get(key)}" for key in ours if key not in METADATA and ours[key] != theirs.get(key))
+    yield from ((ours[key] != theirs.get(key), f"model.llm.{key}", ours[key], theirs.get(key)) for key in ours if key not in METADATA)
 
 
 def as_written(processor: "VLMProcessor") -> "tuple[VLMProcessor, str]":
@@ -126,11 +124,12 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
     found = obstacles(model.spec, text)
     if not found:
         [name], [adapter] = zip(*model.spec.adapt.items(), strict=True)
-        bad, part, got, expected = _targets(name, cast(MMLoRASpec, adapter).layers(model.llm), text)
-        found += [f"{part} is {got}, Arcana has {expected}"] if bad else []
-    found += [f"its prompt is {prompt.spec.use}, Arcana has vicuna_v1"] if prompt.spec.use != "vicuna_v1" or prompt.spec.system is not None else []
-    found += [f"its picture policy is {processor.policy}, Arcana has pad or native"] if processor.policy not in POLICIES else []
-    if found:
+        found = sentences([_targets(name, cast(MMLoRASpec, adapter).layers(model.llm), text)], NAME)
+    said = [
+        (prompt.spec.use != "vicuna_v1" or prompt.spec.system is not None, "its prompt", prompt.spec.use, "vicuna_v1"),
+        (processor.policy not in POLICIES, "its picture policy", processor.policy, " or ".join(POLICIES)),
+    ]
+    if found := found + sentences(said, NAME):
         raise ConfigurationError(f"this model cannot be exported as Arcana: {'; '.join(found)}", cure="export a model of these parts, or load it through vlm")
     folder.mkdir(parents=True, exist_ok=True)
     rows = _forget_picture(model)

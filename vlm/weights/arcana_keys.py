@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-__all__ = ["LINEARS", "RANKS", "from_arcana", "to_arcana"]
+__all__ = ["LINEARS", "SIDES", "from_arcana", "to_arcana"]
 
 TOWER = "model.vision_tower.vision_tower"
 LADDER = (
@@ -15,7 +15,7 @@ LADDER = (
 )
 LINEARS = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))
 """What carries MM-LoRA in every decoder layer."""
-RANKS = {"vision": "V_Slora", "language": "L_Slora"}
+SIDES = {"vision": "V_Slora", "language": "L_Slora"}
 """Modality -> beginning of the names of its A and B."""
 KEYS = (
     ("connector.qladder.queries", f"{TOWER}.qladder_embeds"),
@@ -25,7 +25,7 @@ KEYS = (
     *(
         (f"llm.model.layers.#.{linear}.lora_{matrix}.{modality}", f"model.layers.#.{linear}.{name}_{matrix}")
         for linear in LINEARS
-        for modality, name in RANKS.items()
+        for modality, name in SIDES.items()
         for matrix in "AB"
     ),
     *((f"llm.model.layers.#.{linear}.base_layer", f"model.layers.#.{linear}") for linear in LINEARS),

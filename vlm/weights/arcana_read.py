@@ -14,7 +14,7 @@ from vlm.encoders.clip import CLIPSpec
 from vlm.errors import CheckpointError
 from vlm.llm.mm_lora import MMLoRASpec
 from vlm.prompt import PromptSpec
-from vlm.weights.arcana_keys import LINEARS, RANKS, from_arcana, to_arcana
+from vlm.weights.arcana_keys import LINEARS, SIDES, from_arcana, to_arcana
 from vlm.weights.files import read_shapes
 from vlm.weights.found import Found, flat_text, numbers, read_config, refuse, said
 from vlm.weights.llava_read import program_tower
@@ -92,7 +92,7 @@ def _ladder(folder: Path, config: Mapping[str, Any], ours: Mapping[str, Tensor],
 
 
 def _ranks(folder: Path, ours: Mapping[str, Tensor]) -> dict[str, int]:
-    return {modality: _shape(folder, ours, f"llm.model.layers.0.{LINEARS[0]}.lora_A.{modality}.weight")[0] for modality in RANKS}
+    return {modality: _shape(folder, ours, f"llm.model.layers.0.{LINEARS[0]}.lora_A.{modality}.weight")[0] for modality in SIDES}
 
 
 def _shape(folder: Path, ours: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from vlm.config import ModelSpec
 from vlm.encoders.hybrid import HybridSpec
 from vlm.errors import ConfigurationError
 from vlm.weights.deepseek_keys import native_name
-from vlm.weights.public import Row, chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, starts_row
+from vlm.weights.public import Obstacle, chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, sentences, single_connector, starts_row, unadapted
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -35,21 +35,21 @@ class Family:
         """All that keeps a model from being one; empty where nothing does."""
         encoder, connector = model.encoder, model.connector
         use, projector = ("hybrid", "hybrid_mlp") if self.hybrid else ("siglip", "mlp")
-        found: list[Row] = [
+        rows: list[Obstacle] = [
             (encoder.use != use, "model.encoder", encoder.use, use),
             (connector.use != projector, "model.connector", connector.use, projector),
             *common_obstacles(model, text_config),
-            (model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each"),
+            unadapted(model),
             (connector.level != "final", "model.connector.level", connector.level, "final"),
-            (connector.then is not None, "model.connector.then", connector.then and connector.then.use, "a single connector"),
+            single_connector(connector),
             *(mlp_obstacles(connector, text_config.hidden_size) if connector.use == projector else ()),
         ]
         if isinstance(encoder, HybridSpec):
-            found += _pair(encoder)
+            rows += _pair(encoder)
         elif encoder.use == "siglip":
             fit = cast(Any, encoder).fit
-            found.append((fit != "letterbox", "model.encoder.fit", fit, "letterbox"))
-        return [f"{part} is {got}, {self.name} has {expected}" for bad, part, got, expected in found if bad]
+            rows.append((fit != "letterbox", "model.encoder.fit", fit, "letterbox"))
+        return sentences(rows, self.name)
 
     def as_written(self, processor: "VLMProcessor") -> "tuple[VLMProcessor, str]":
         """The processor with the class's own rule for pictures, and what that changes."""
@@ -105,7 +105,7 @@ def picture_rule(processor: "VLMProcessor", official: bool) -> "tuple[VLMProcess
     return VLMProcessor(model, processor.width, processor.tokenizer, processor.prompt.spec, processor.policy), changed
 
 
-def _pair(encoder: HybridSpec) -> list[Row]:
+def _pair(encoder: HybridSpec) -> list[Obstacle]:
     """What the class fixes of both towers."""
     low, channels = encoder.low_layout(), encoder.high.numbers()["output_channels"]
     grid, widths = (4 * low.rows, 4 * low.columns), (2 * channels, 4 * channels)

@@ -14,7 +14,7 @@ from vlm.weights.deepseek import picture_rule
 from vlm.weights.deepseek_keys import model_to_official
 from vlm.weights.deepseek_read import CONFIG, INTERPOLATE, MIN_SIZE, program_parts
 from vlm.weights.found import METADATA, numbers
-from vlm.weights.public import Row, common_obstacles, generation_settings, own_tensors, public_tokenizer, starts_row
+from vlm.weights.public import Obstacle, common_obstacles, generation_settings, own_tensors, public_tokenizer, sentences, single_connector, starts_row, unadapted
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -38,14 +38,13 @@ def obstacles(model: ModelSpec, text_config: Any) -> list[str]:
     pair = isinstance(encoder, HybridSpec)
     fitting = ("hybrid_mlp",) if pair and encoder.concat == "tuple" else ("mlp", "linear", "identity")
     low = encoder.low if pair else encoder
-    rows: list[Row] = [
+    rows: list[Obstacle] = [
         (not isinstance(low, SigLIPSpec), "model.encoder.low" if pair else "model.encoder", low.use, "siglip" if pair else "hybrid or siglip"),
         (connector.use not in fitting, "model.connector", connector.use, " or ".join(fitting)),
-        (text_config.model_type != "llama", "model.llm", text_config.model_type, "llama"),
-        *(row for row in common_obstacles(model, text_config) if row[1] != "model.llm"),
-        (model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each"),
+        *common_obstacles(model, text_config, ("llama",)),
+        unadapted(model),
         (connector.level != "final", "model.connector.level", connector.level, "final"),
-        (connector.then is not None, "model.connector.then", connector.then and connector.then.use, "a single connector"),
+        single_connector(connector),
         (getattr(connector, "hidden", None) not in (None, text_config.hidden_size), "model.connector.hidden", getattr(connector, "hidden", None), "the decoder's width"),
     ]
     if pair and encoder.concat == "tuple":
@@ -53,11 +52,10 @@ def obstacles(model: ModelSpec, text_config: Any) -> list[str]:
         rows.append((len(set(widths.values())) > 1, "model.encoder", f"{widths['high']} wide high, {widths['low']} low", "one width"))
     elif isinstance(encoder, SigLIPSpec):
         rows.append((encoder.fit != "letterbox", "model.encoder.fit", encoder.fit, "letterbox"))
-    found = [f"{part} is {got}, {NAME} has {expected}" for bad, part, got, expected in rows if bad]
-    return found or list(_differences(model, text_config))
+    return sentences(rows, NAME) or sentences(_differences(model, text_config), NAME)
 
 
-def _differences(model: ModelSpec, text_config: Any) -> Iterator[str]:
+def _differences(model: ModelSpec, text_config: Any) -> Iterator[Obstacle]:
     """Numbers that come back as others when the configuration is read again, because the program fixes them in its code."""
     encoder, _, text = program_parts(Path("config.json"), _config(model, text_config))
     sides: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [("model.llm", text_config.to_dict(), text.to_dict())]
@@ -68,7 +66,7 @@ def _differences(model: ModelSpec, text_config: Any) -> Iterator[str]:
         sides.append(("model.encoder", _low(model).numbers(), cast(SigLIPSpec, encoder).numbers()))
     for part, ours, theirs in sides:
         ours, theirs = numbers(ours), numbers(theirs)
-        yield from (f"{part}.{key} is {ours[key]}, {NAME} has {theirs.get(key)}" for key in ours if ours[key] != theirs.get(key))
+        yield from ((ours[key] != theirs.get(key), f"{part}.{key}", ours[key], theirs.get(key)) for key in ours)
 
 
 def as_written(processor: "VLMProcessor") -> "tuple[VLMProcessor, str]":
@@ -84,10 +82,11 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     text, prompt = model.config.text_config, processor.prompt
-    found = obstacles(model.spec, text)
-    found += [f"its prompt is {prompt.spec.use}, {NAME} has deepseek_vl"] if prompt.spec.use != "deepseek_vl" else []
-    found += [f"its picture policy is {processor.policy}, {NAME} has native"] if processor.policy not in POLICIES else []
-    if found:
+    said = [
+        (prompt.spec.use != "deepseek_vl", "its prompt", prompt.spec.use, "deepseek_vl"),
+        (processor.policy not in POLICIES, "its picture policy", processor.policy, " or ".join(POLICIES)),
+    ]
+    if found := obstacles(model.spec, text) + sentences(said, NAME):
         raise ConfigurationError(f"this model cannot be exported in official keys: {'; '.join(found)}", cure="export a model of these parts, or load it through vlm")
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(model_to_official(own_tensors(model)), folder, metadata={"format": "pt"})

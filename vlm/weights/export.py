@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm.errors import CheckpointError, ConfigurationError, NumericsError
-from vlm.folders import taken
+from vlm.folders import partial_of, replace_folder, taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ class Family(Protocol):
     @property
     def WRITES(self) -> str: ...
 
-    def obstacles(self, model: "ModelSpec", text_config: Any) -> Sequence[object]:
+    def obstacles(self, model: "ModelSpec", text_config: Any) -> list[str]:
         """What keeps a model from being one, each a sentence."""
         ...
 
@@ -117,7 +117,7 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
     processor, changed = family.as_written(processor)
     prompt = processor.prompt
     asked = questions(pictures_only=prompt.template.pictures_only, system=prompt.spec.fold_system == "fold" or prompt.keeps_system)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial = partial_of(out)
     try:
         merged = merge_lora(model)
         family.write(model, processor, partial)
@@ -131,25 +131,15 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
                 [theirs] = fresh_answers([(partial, asked)], Path(scratch))
         report = replace(compare(ours, theirs, out), merged=str(merged) if merged.names else "", changed=changed)
         (partial / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-    except ConfigurationError:
+    except Exception as problem:
+        if partial.exists() and not isinstance(problem, ConfigurationError):
+            replace_folder(partial, out.with_name(f"{out.name}.failed"))
+        raise
+    else:
+        replace_folder(partial, out)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    except Exception:
-        _replace(partial, out.with_name(f"{out.name}.failed"))
-        raise
-    _replace(partial, out)
     return report
-
-
-def _replace(folder: Path, target: Path) -> None:
-    """`folder` under the name `target`; what had that name goes only when the new one is there."""
-    if not folder.exists():
-        return
-    old = target.with_name(f"{target.name}.old-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # ---- the prompts ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 from vlm.config import LLMSpec, ModelSpec
 from vlm.configuration import VLMConfig
 from vlm.errors import CheckpointError, ConfigurationError, VLMError
-from vlm.folders import new_folder, taken
+from vlm.folders import free, new_folder
 from vlm.generate import prepare
 from vlm.loading import build, read_generation, tables
 from vlm.processor import VLMProcessor, load_tokenizer
@@ -70,9 +70,7 @@ def import_model(path: str, out: str | Path | None = None, family: str = "llava"
     if family not in families():
         raise ConfigurationError(f"no import is called {family!r}", expected=f"one of {', '.join(families())}")
     source = find_folder(path)
-    out = Path(out) if out is not None else Path(f"{Path(path).name}-vlm")
-    if taken(out):
-        raise ConfigurationError(f"{out} exists already", cure="give a folder that is new or empty with --out")
+    out = free(Path(out) if out is not None else Path(f"{Path(path).name}-vlm"))
     found = families()[family].read(source, tower)
     spec = ModelSpec(encoder=found.encoder, connector=found.connector, llm=LLMSpec(path=str(source), tokenizer=tokenizer), adapt=found.adapt)
     words = _tokenizer(spec)
@@ -92,7 +90,7 @@ def _tokenizer(spec: ModelSpec) -> Any:
     try:
         return load_tokenizer(spec)
     except CheckpointError as problem:
-        raise CheckpointError(problem.what, got=problem.got, expected="tokenizer.json, or tokenizer.model", cure="give a folder with the tokenizer with --tokenizer") from problem
+        raise problem.changed(expected="tokenizer.json, or tokenizer.model", cure="give a folder with the tokenizer with --tokenizer") from problem
 
 
 def _write(model: "VLM", processor: VLMProcessor, report: Imported) -> None:

@@ -1,19 +1,18 @@
 """LLaVA: the names of its tensors, read and written, and export as transformers' own `LlavaForConditionalGeneration` (llava_read.py reads its folders)."""
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm.config import ModelSpec
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.weights.public import Row, chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, starts_row
+from vlm.weights.public import chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, sentences, single_connector, starts_row, unadapted
 
 if TYPE_CHECKING:
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
-__all__ = ["KEYS", "TOWERS", "Obstacle", "as_written", "from_llava", "obstacles", "projector_key", "row_of", "supports", "to_llava", "write"]
+__all__ = ["KEYS", "TOWERS", "as_written", "from_llava", "obstacles", "projector_key", "row_of", "to_llava", "write"]
 
 POLICIES = ("native", "pad", "crop", "squash")
 WRITES = "transformers' LlavaForConditionalGeneration"
@@ -78,36 +77,19 @@ def projector_key(name: str) -> str:
 # ---- what can be exported ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Obstacle:
-    """part: what cannot be expressed, by its path. got, expected: what it is, what would work."""
-
-    part: str
-    got: str
-    expected: str
-
-    def __str__(self) -> str:
-        return f"{self.part} is {self.got}, LLaVA has {self.expected}"
-
-
-def obstacles(model: ModelSpec, text_config: Any) -> list[Obstacle]:
+def obstacles(model: ModelSpec, text_config: Any) -> list[str]:
     """All that keeps a model from being a LlavaForConditionalGeneration; empty where nothing does."""
     encoder, connector = model.encoder, model.connector
-    found: list[Row] = [
+    rows = [
         (encoder.use not in TOWERS, "model.encoder", encoder.use, " or ".join(TOWERS)),
         *common_obstacles(model, text_config),
-        (model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each (tiles are LLaVA-NeXT's)"),
+        unadapted(model),
         (not isinstance(connector.level, int), "model.connector.level", connector.level, "a numbered hidden state, such as -2"),
         (connector.use != "mlp", "model.connector", connector.use, "mlp with depth 2"),
         *(mlp_obstacles(connector, text_config.hidden_size) if connector.use == "mlp" else ()),
-        (connector.then is not None, "model.connector.then", connector.then and connector.then.use, "a single connector"),
+        single_connector(connector),
     ]
-    return [Obstacle(part, str(got), expected) for bad, part, got, expected in found if bad]
-
-
-def supports(model: ModelSpec, text_config: Any) -> bool:
-    """Can this model be exported as LLaVA?"""
-    return not obstacles(model, text_config)
+    return sentences(rows, "LLaVA")
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------------
@@ -124,9 +106,7 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
     Raises ConfigurationError where a part, the picture policy or the tokenizer cannot be expressed.
     """
     if found := obstacles(model.spec, model.config.text_config):
-        raise ConfigurationError(
-            f"this model cannot be exported as LLaVA: {'; '.join(map(str, found))}", cure="export a model of these parts, or load it through vlm or the Auto classes"
-        )
+        raise ConfigurationError(f"this model cannot be exported as LLaVA: {'; '.join(found)}", cure="export a model of these parts, or load it through vlm or the Auto classes")
     assert not model.spec.adapt, "merge_lora comes first"
     save(model, processor, folder, rename=to_llava, config=_config(model), exported=_processor(processor))
 

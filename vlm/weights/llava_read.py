@@ -13,7 +13,7 @@ from vlm import connectors, encoders
 from vlm.composition import from_plain
 from vlm.encoders.base import FixedSizeSpec
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.weights.files import find_folder, read_json, read_shapes
+from vlm.weights.files import find_folder, read_shapes
 from vlm.weights.found import Found, accepted, flat_text, image_processor, numbers, read_config, refuse, said
 from vlm.weights.llava import KEYS, TOWERS, from_llava, row_of
 from vlm.weights.public import DECODERS
@@ -135,10 +135,7 @@ def program_tower(folder: Path, named: str | None, inside: Mapping[str, Tensor],
         found = find_folder(place)
     except CheckpointError as problem:
         raise _no_tower(folder, place) from problem
-    file = found / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{found} holds no config.json with the tower's numbers", cure="give the folder of a whole tower")
-    config = read_json(file)
+    config = read_config(found)
     vision = config.get("vision_config", config)
     if (kind := vision.get("model_type", config.get("model_type"))) not in ("clip", "clip_vision_model"):
         raise ConfigurationError(f"{folder} cannot be imported with the tower {place}", got=kind, expected="a CLIP tower, as LLaVA-1.5's own program has it")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlm.errors import ConfigurationError, NumericsError
-from vlm.folders import new_folder, taken
+from vlm.folders import free, new_folder
 
 if TYPE_CHECKING:
     from vlm.llm.base import Part
@@ -113,7 +113,7 @@ def merge_run(source: str | Path, out: str | Path | None = None) -> tuple[Path, 
     from vlm.llm.mm_lora import MMLoRASpec
     from vlm.loading import load
 
-    out = _place(source, out, "merged")
+    out = free(Path(out) if out is not None else Path(source) / "merged")
     model, processor = load(source)
     for spec in model.spec.adapt.values():
         if isinstance(spec, MMLoRASpec):
@@ -140,7 +140,7 @@ def merge_text(source: str | Path, out: str | Path | None = None) -> tuple[Path,
     from vlm.loading import load
     from vlm.weights.public import chat_template, generation_settings, own_tensors, public_tokenizer, starts_row
 
-    out = _place(source, out, "merged-text")
+    out = free(Path(out) if out is not None else Path(source) / "merged-text")
     model, processor = load(source)
     done = merge_language(model)
     if not done.names:
@@ -160,13 +160,6 @@ def merge_text(source: str | Path, out: str | Path | None = None) -> tuple[Path,
         generation_settings(model, processor).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return out, done
-
-
-def _place(source: str | Path, out: str | Path | None, name: str) -> Path:
-    place = Path(out) if out is not None else Path(source) / name
-    if taken(place):
-        raise ConfigurationError(f"{place} holds something already", cure="give another folder as --out, or remove it")
-    return place
 
 
 def _nothing(source: str | Path, model: "VLM") -> ConfigurationError:

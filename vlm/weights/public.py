@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,31 +11,54 @@ from vlm.data.sample import Turn
 from vlm.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from vlm.llm.base import AdaptationSpec
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
     from vlm.prompt import Prompt
 
-__all__ = ["DECODERS", "Row", "chat_template", "common_obstacles", "generation_settings", "mlp_obstacles", "own_tensors", "public_tokenizer", "save", "starts_row"]
+__all__ = [
+    "DECODERS", "Obstacle", "chat_template", "common_obstacles", "generation_settings", "kept", "mlp_obstacles", "own_tensors", "public_tokenizer", "save", "sentences",
+    "single_connector", "starts_row", "unadapted",
+]  # fmt: skip
 
 DECODERS = ("llama", "mistral", "qwen2")
 """Decoder families (`model_type`) that go both ways. Those classes have a plain linear head without bias: a family that scales or caps its logits cannot join."""
 
 PLACEHOLDER = "<image>"
 
-Row = tuple[bool, str, Any, Any]
+Obstacle = tuple[bool, str, Any, Any]
 """Whether a part keeps a model from being exported, the part by its path, what it is, what would work."""
 
 
-def common_obstacles(model: ModelSpec, text_config: Any) -> list[Row]:
-    """Of the decoder."""
-    kept = [name for name, spec in model.adapt.items() if not spec.mergeable]  # the others are merged before they are written
+def sentences(rows: Iterable[Obstacle], whose: str) -> list[str]:
+    """The obstacles that are there, each a sentence. whose: what the class or program that would work is called."""
+    return [f"{part} is {got}, {whose} has {expected}" for bad, part, got, expected in rows if bad]
+
+
+def common_obstacles(model: ModelSpec, text_config: Any, decoders: tuple[str, ...] = DECODERS) -> list[Obstacle]:
+    """Of the decoder, whose family is to be one of `decoders`, and of pictures in tiles, which no such class has."""
     return [
-        (text_config.model_type not in DECODERS, "model.llm", text_config.model_type, " or ".join(DECODERS)),
-        (bool(kept), "model.adapt", ", ".join(kept), "a decoder without adaptations"),
+        (text_config.model_type not in decoders, "model.llm", text_config.model_type, " or ".join(decoders)),
+        (model.newline, "model.newline", "the token that ends a row of tiles", "one square picture each"),
     ]
 
 
-def mlp_obstacles(connector: Any, width: int) -> list[Row]:
+def kept(model: ModelSpec) -> "dict[str, AdaptationSpec]":
+    """The adaptations that are still there when a model is written: the others are merged before."""
+    return {name: spec for name, spec in model.adapt.items() if not spec.mergeable}
+
+
+def unadapted(model: ModelSpec) -> Obstacle:
+    """Of adaptations, for classes that have none."""
+    return bool(kept(model)), "model.adapt", ", ".join(kept(model)), "a decoder without adaptations"
+
+
+def single_connector(connector: Any) -> Obstacle:
+    """Of a second connector."""
+    return connector.then is not None, "model.connector.then", connector.then and connector.then.use, "a single connector"
+
+
+def mlp_obstacles(connector: Any, width: int) -> list[Obstacle]:
     """Of an MLP, whose sizes those classes fix. width: the decoder's."""
     return [
         (connector.depth != 2, "model.connector.depth", connector.depth, "2"),

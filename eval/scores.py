@@ -1,4 +1,4 @@
-"""A run's reports in `eval/`: where each lies, and what its figures are about. No model."""
+"""The files with a run's scores, in `eval/`: where each lies, and what its figures are about. No model."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -9,13 +9,13 @@ from vlm.errors import ConfigurationError
 from vlm.eval.score import MATCHER
 from vlm.schema import to_plain
 
-__all__ = ["MAX_NEW_TOKENS", "report_file", "scored"]
+__all__ = ["MAX_NEW_TOKENS", "scored", "scores_file"]
 
 MAX_NEW_TOKENS = 32
 """Of an answer, where nothing else is said."""
 
 
-def report_file(folder: Path, name: str, stage: str | None = None, *, own: bool = True) -> Path:
+def scores_file(folder: Path, name: str, stage: str | None = None, *, own: bool = True) -> Path:
     """Where the scores of a run's source lie, `eval/NAME.json` or `eval/NAME.STAGE.json`; of any other file (not own) in `eval/files/`.
 
     Raises ConfigurationError for a name that leads to another folder.
@@ -27,7 +27,7 @@ def report_file(folder: Path, name: str, stage: str | None = None, *, own: bool 
 
 
 def scored(source: Source, reader: Reader[Any], *, stage: str | None = None, limit: int | None = None, max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
-    """What the figures of one model are about: two reports where this is equal hold the same figures. For JSON.
+    """What the figures of one model are about: two files where this is equal hold the same figures. For JSON.
 
     source: its local paths are written absolute. reader: what it opens. sha256: `file_hash()` of the data; pictures that lie beside them are not read for it.
     """
