@@ -18,7 +18,7 @@ __all__ = ["Written", "read_run"]
 
 @dataclass(frozen=True)
 class Written:
-    """steps: of metrics.jsonl, in order. validation: of validation.jsonl. ledgers: stage -> rows. bad: of bad_samples.jsonl. scores: what `vlm eval` wrote, by file name without `.json`. stages: those that are finished, in order."""
+    """steps: of metrics.jsonl, in order. validation: of validation.jsonl. ledgers: stage -> rows. warnings: of warnings.jsonl. bad: of bad_samples.jsonl. scores: what `vlm eval` wrote, by file name without `.json`. stages: those that are finished, in order. unread: files that cannot be read, and why."""
 
     folder: Path
     run: RunSpec
@@ -27,6 +27,7 @@ class Written:
     steps: Sequence[Mapping[str, Any]]
     validation: Sequence[Mapping[str, Any]]
     ledgers: Mapping[str, Sequence[Mapping[str, Any]]]
+    warnings: Sequence[str]
     bad: Sequence[Mapping[str, Any]]
     scores: Mapping[str, Mapping[str, Any]]
     stages: Sequence[str]
@@ -87,6 +88,7 @@ def read_run(folder: Path) -> Written:
         steps=[record for record in records(folder / "metrics.jsonl") if "loss" in record],
         validation=records(folder / "validation.jsonl"),
         ledgers={stage: rows for stage, rows in ledgers.items() if rows},
+        warnings=[record["text"] for record in records(folder / "warnings.jsonl")],
         bad=records(folder / "bad_samples.jsonl"),
         scores={name: found for name, found in scores.items() if found and "kinds" in found},
         stages=[stage for stage in run.stages if (folder / "stages" / stage / "config.json").is_file()],

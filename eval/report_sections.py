@@ -225,11 +225,11 @@ def _happened(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def warnings(written: Written) -> Section:
-    """Bad samples by kind with the first of each, and files of the run that cannot be read."""
+    """What the run warned of, bad samples by kind with the first of each, and files of the run that cannot be read."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for entry in written.bad:
         kinds.setdefault(entry.get("kind", "other"), []).append(entry)
-    body = [note(f"This file of the run could not be read: {line}", "warning") for line in written.unread]
+    body = [note(line, "warning") for line in (*written.warnings, *(f"This file of the run could not be read: {line}" for line in written.unread))]
     if kinds:
         rows = [
             [kind if not place else "", len(found) if not place else "", f"{entry['stage']}, step {entry['step']}, {entry['source']}", entry["reason"]]
@@ -238,7 +238,7 @@ def warnings(written: Written) -> Section:
         ]
         body.append(table(("kind", "how often", "where", "what"), rows, words=("kind", "where", "what")))
         body.append(note("Every one is in bad_samples.jsonl; step 0 is what was left out when the source was opened."))
-    return Section("warnings", "Warnings", body or [note("None: no bad sample, and every file of the run could be read.")])
+    return Section("warnings", "Warnings", body or [note("None: the run warned of nothing, had no bad sample, and every file of the run could be read.")])
 
 
 # ---- speed and machine -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import nn
 
 from vlm.errors import ConfigurationError, EnvironmentProblem, VLMError
 from vlm.train.config import StageSpec
+from vlm.train.optim import elements
 
 __all__ = ["Engine", "connect", "deepspeed_config", "keep_memory", "precision_of", "together"]
 
@@ -114,6 +115,15 @@ def deepspeed_config(stage: StageSpec, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+BUCKET = 500_000_000
+"""DeepSpeed's own `reduce_bucket_size`, in elements."""
+
+
+def _bucket(optimizer: torch.optim.Optimizer) -> int:
+    """Elements of the buffer in which ZeRO collects gradients: no more than there are. DeepSpeed asks for all of it, at ZeRO 1 and 2 in every backward pass: 2 GB in fp32 for the smallest model."""
+    return min(BUCKET, sum(elements(group["params"]) for group in optimizer.param_groups))
+
+
 class Engine:
     """A model under DeepSpeed with the loss divided by what the whole step holds.
 
@@ -127,6 +137,7 @@ class Engine:
         self.peaks = [group["peak"] for group in optimizer.param_groups]
         self.paths = [group["path"] for group in optimizer.param_groups]
         self.model = model
+        config = config | {"zero_optimization": {"reduce_bucket_size": _bucket(optimizer), **config["zero_optimization"]}}
         self.inner: Any = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
         self._norm: float | None = None
         self._norm_is_ours = not self.inner.zero_optimization() and not self.inner.bfloat16_enabled()

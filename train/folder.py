@@ -56,6 +56,7 @@ def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
     """
     if not (folder / "config.yaml").is_file() or (not resume and not _begun(folder)):
         (folder / "resume").mkdir(parents=True, exist_ok=True)
+        (folder / "warnings.jsonl").unlink(missing_ok=True)
         write_whole(folder / "environment.json", json.dumps(_environment(), indent=1))
         write_whole(folder / "manifest.json", json.dumps(_manifest(run), indent=1))
         write_whole(folder / "config.yaml", yaml.safe_dump(resolved(run), sort_keys=False, allow_unicode=True))

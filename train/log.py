@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from vlm.whole import keep_records
+from vlm.whole import keep_records, records
 
 __all__ = ["Log"]
 
@@ -108,6 +108,14 @@ class Log:
             self._board.flush()
         sources = ", ".join(f"{name} {loss:.4f}" for name, loss in record["sources"].items())
         self.console.print(f"{record['stage']} {record['step']}  validation loss {record['loss']:.4f} ({sources}){', the smallest so far' if best else ''}")
+
+    def warn(self, text: str) -> None:
+        """Also goes to warnings.jsonl, once."""
+        self.console.print(f"warning: {text}")
+        file = self.folder / "warnings.jsonl"
+        if self.loud and {"text": text} not in records(file):
+            with open(file, "a", encoding="utf-8") as opened:
+                opened.write(json.dumps({"text": text}) + "\n")
 
     def end(self) -> None:
         if self._progress is not None:

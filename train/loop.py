@@ -51,15 +51,15 @@ def run_steps(
             with reached(engine.model) if step.number == start else nullcontext() as found:
                 record = one_step(engine, step, stage, count, stage.sources)
             for warning in unreached(engine, found) if found is not None else ():
-                log.console.print(f"warning: stage {name}: {warning}")
+                log.warn(f"stage {name}: {warning}")
             bad.add(step.number + 1, step.skipped)
             done = time.perf_counter()
             head = {"stage": name, "step": step.number + 1, "total": total_before + step.number + 1, "ranks": engine.ranks}
             timed = {"seconds": round(done - before, 4), "wait": round(fetched - before, 4), "memory": round(peak_memory(), 3)}
             log.step(head | record | timed | arithmetic.speed(record, (done - before) * engine.ranks, peak))
-            before = done
             bad.check(step.number + 1, record.get("skipped", 0))
             after(step.number + 1)
+            before = time.perf_counter()
     finally:
         log.end()
 

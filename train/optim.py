@@ -13,7 +13,7 @@ from torch import nn
 from vlm.errors import ConfigurationError
 from vlm.train.config import OptimizerSpec
 
-__all__ = ["Group", "adamw", "decays", "plan", "rates"]
+__all__ = ["Group", "adamw", "decays", "elements", "plan", "rates"]
 
 _NEVER_DECAYED = re.compile(
     r"(cls_token|class_token|reg_token|register_tokens?|mask_token|pos_embed|position_embedding|embed_positions|\bwpe\b|class_embedding|queries|query_tokens?)"
@@ -33,8 +33,13 @@ class Group:
 
     @property
     def count(self) -> int:
-        """Number of parameters, whole ones also where ZeRO 3 has partitioned them."""
-        return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in self.parameters)
+        """Number of parameters."""
+        return elements(self.parameters)
+
+
+def elements(parameters: Iterable[nn.Parameter]) -> int:
+    """How many numbers they hold, whole ones also where ZeRO 3 has partitioned them."""
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters)
 
 
 def rates(paths: Iterable[str], tree: Mapping[str, Any]) -> dict[str, float | None]:

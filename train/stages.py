@@ -65,7 +65,7 @@ def _fit(run: RunSpec, resume: bool, asked: StopSignals) -> Path:
     dist.barrier()
     log = Log(folder, rank, run.log_every)
     for warning in report.warnings:
-        log.console.print(f"warning: {warning}")
+        log.warn(warning)
     try:
         for index, name in enumerate(run.stages):
             if not (folder / "stages" / name).is_dir():

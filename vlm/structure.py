@@ -16,7 +16,7 @@ def unpartitioned() -> Iterator[Callable[[nn.Module], None]]:
     """Modules made inside are whole even where ZeRO 3 partitions what is constructed: foreign constructors look at values and shapes. Gives what partitions them afterwards."""
     zero: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     active = zero.top_level_context if zero is not None else None
-    if zero is None or active is None:
+    if zero is None or active is None or not active.patched:  # no ZeRO 3, or inside another of these
         yield lambda module: None
         return
 

@@ -1,6 +1,7 @@
 """What TensorBoard shows is what metrics.jsonl says, also after a run went on from an older checkpoint."""
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,6 +50,10 @@ def curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     if request.param == "tensorboard":
         if importlib.util.find_spec("tensorboard") is None:
             pytest.skip("TensorBoard is not installed")
+        from tensorboard.summary.writer import event_file_writer  # type: ignore[reportMissingImports]
+
+        # Files of the same second are read in the order of their names, which end with a number that the process counts: 10 would come before 9.
+        monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
         return read_events
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = StandIn  # type: ignore[attr-defined]
@@ -117,8 +122,18 @@ def test_a_run_that_went_on(tmp_path: Path, curves: Callable[[Path], Curves]) ->
     assert [step for step, _ in curves(folder)["loss"]] == list(range(1, 9))
 
 
+def test_a_warning_is_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("a", "b", "a"):  # a run that goes on warns of the same again
+        log = Log(tmp_path, 0, 1)
+        log.warn(text)
+        log.close()
+    assert capsys.readouterr().out.splitlines() == ["warning: a", "warning: b", "warning: a"]
+    assert [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()] == [{"text": "a"}, {"text": "b"}]
+
+
 def test_only_the_first_rank_writes(tmp_path: Path, curves: Callable[[Path], Curves]) -> None:
     log = Log(tmp_path, 1, 1)
+    log.warn("it is late")
     log.rewind(0)
     log.begin("align", 0, 1)
     log.step(record(1, 1.0))

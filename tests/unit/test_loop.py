@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,10 +44,10 @@ class HeadOnly(nn.Module):
         return result
 
 
-def engine_of(model: nn.Module, rate: float = 0.5) -> Engine:
+def engine_of(model: nn.Module, rate: float = 0.5, stage: StageSpec = STAGE) -> Engine:
     *_, device = connect()
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr": rate, "peak": rate, "path": "head"}])
-    return Engine(model, optimizer, deepspeed_config(STAGE, torch.float32) | {"gradient_clipping": 0.0}, device)
+    return Engine(model, optimizer, deepspeed_config(stage, torch.float32) | {"gradient_clipping": 0.0}, device)
 
 
 def micro_batch(hidden: Tensor, labels: Tensor) -> MicroBatch:
@@ -152,3 +153,14 @@ def test_ranks_with_other_plans_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(0, [classified(torch.randn(2, 3), torch.tensor([0, 1]))], plan=7)
     with pytest.raises(DataError, match="the ranks do not see the same samples at step 1"):
         one_step(engine, step, STAGE, 1, ("fixed",))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize(("asked", "got"), [({}, 15), ({"reduce_bucket_size": 7}, 7)])
+def test_the_buffer_of_gradients_is_no_larger_than_what_is_trained(zero: int, asked: dict[str, int], got: int) -> None:
+    """DeepSpeed's own is half a milliard elements, allocated anew in every backward pass."""
+    stage = replace(STAGE, deepspeed={"zero_optimization": {"stage": zero, **asked}})
+    assert engine_of(HeadOnly(torch.ones(5, 3)), stage=stage).inner.optimizer.reduce_bucket_size == got

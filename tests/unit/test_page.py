@@ -266,12 +266,14 @@ def test_a_run_without_a_step_has_a_page_too(mixed: Path, tmp_path: Path) -> Non
         write_report(tmp_path / "nowhere")
 
 
-def test_bad_samples_are_counted_with_examples(mixed: Path, tmp_path: Path) -> None:
+def test_warnings_stand_there_and_bad_samples_are_counted_with_examples(mixed: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(mixed, tmp_path / "run"))
     entries = [{"stage": "align", "step": number, "source": "captions", "kind": "missing picture", "reason": f"<i>number {number}</i>"} for number in range(5)]
     (folder / "bad_samples.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (folder / "warnings.jsonl").write_text(json.dumps({"text": "stage align: <u>no gradient</u>"}) + "\n")
     page = Page(write_report(folder, largest=0))
     assert page.row("missing picture", 4)[1] == "5"
+    assert "stage align: <u>no gradient</u>" in page.sections["warnings"] and "None" not in page.sections["warnings"]
     assert "<i>number 2</i>" in page.sections["warnings"] and "number 3" not in page.sections["warnings"]
     assert "No model was loaded for this page" in page.sections["samples"]
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import vlm
 from vlm.errors import CheckpointError, ConfigurationError, DataError, EnvironmentProblem, NumericsError, VLMError
-from vlm.train import checkpoint, memory, stages
+from vlm.train import checkpoint, loop, memory, stages
 from vlm.train.bad import BadSamples
 from vlm.train.optim import Group
 
@@ -75,6 +76,20 @@ def test_a_run_that_changed_is_not_gone_on_with(root: Path, tmp_path: Path) -> N
     finally:
         (root / "align.json").write_text(before)
     assert run(root, tmp_path, "changed", resume=True) == folder
+
+
+def test_the_time_that_saving_takes_is_no_waiting_for_data(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, spent, save = time.perf_counter, 0, checkpoint.save
+
+    def long_save(*given: Any) -> Path:
+        nonlocal spent
+        spent += 10**6
+        return save(*given)
+
+    monkeypatch.setattr(checkpoint, "save", long_save)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock() + spent))
+    steps = records(run(root, tmp_path, "long", "save.every=1"))
+    assert spent and max(record["seconds"] for record in steps) < 10**6
 
 
 def test_what_a_run_leaves(whole: Path) -> None:

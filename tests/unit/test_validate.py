@@ -206,8 +206,9 @@ def test_trained_tensors_without_a_gradient_are_named(root: Path, tmp_path: Path
     assert said == [
         "warning: stage instruct: no gradient reaches a trained tensor of llm.idle (llm.more); freeze the group, or let the part's unused() name what is kept for a checkpoint's sake"
     ]
-    run(root, tmp_path, "plain", f"every_stage.deepspeed=zero{zero}")
-    assert "warning" not in capsys.readouterr().out
+    assert [f"warning: {record['text']}" for record in map(json.loads, (folder / "warnings.jsonl").read_text().splitlines())] == said
+    plain = run(root, tmp_path, "plain", f"every_stage.deepspeed=zero{zero}")
+    assert "warning" not in capsys.readouterr().out and not (plain / "warnings.jsonl").exists()
     assert len(records(folder)) == 8
 
 
