@@ -39,9 +39,9 @@ LISTS = (
 )
 
 
-def with_start() -> PreTrainedTokenizerFast:
+def with_start(kind: str = "metaspace_first") -> PreTrainedTokenizerFast:
     """A tokenizer that writes its start token itself, as Llama's does."""
-    made = tiny.tokenizer("metaspace_first", bos="<s>")
+    made = tiny.tokenizer(kind, bos="<s>")
     made._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", made.bos_token_id)])
     return made
 
@@ -100,6 +100,9 @@ class Base:
 
 BASES = {
     "llama": Base("llama", "clip", LLAVA_15, lambda: LlavaImageProcessorPil(**clip_pictures(do_pad=True)), with_start, (("vocab_size", 720), ("rope_theta", 5e4)), asked=(0, 2), breaks=True),
+    "legacy": Base(
+        "llama", "clip", LLAVA_15, lambda: LlavaImageProcessorPil(**clip_pictures(do_pad=True)), lambda: with_start("metaspace_legacy"), (("vocab_size", 720),), asked=(0, 2), breaks=True
+    ),
     "qwen2": Base(
         "qwen2", "siglip", LISTS, lambda: SiglipImageProcessorPil(size={"height": 28, "width": 28}), numbers=(("tie_word_embeddings", True), ("vocab_size", 512)),
         dtype=torch.bfloat16, level=-1,

@@ -84,12 +84,14 @@ class PromptSpec:
     """use: a name of TEMPLATES, or "tokenizer". system: text in front of conversations that bring none (None: the template's own, "" for none).
 
     fold_system: what happens to a system turn that the template refuses or loses: it is put in front of the first user turn ("fold", counted) or is an error.
-    official: training rows by the released walk (prompt_official.py), for the prompts plain and vicuna_v1.
+    word_marks: tokenizers that put a mark in front of a text's first word (SentencePiece-like ones) also put one behind a picture, and legacy ones behind control tokens, as LLaVA's and Arcana's
+    programs do. official: training rows by the released walk (prompt_official.py), for the prompts plain and vicuna_v1; word marks are part of it.
     """
 
     use: str
     system: str | None = None
     fold_system: Literal["fold", "error"] = "fold"
+    word_marks: bool = False
     official: bool = False
 
 
@@ -106,6 +108,7 @@ class PlainText:
     """Encodes text as text: no control token comes out, and no word-boundary mark is put where the text goes on.
 
     control: token -> id of what only a template may write: the special tokens, and added tokens that read like marks (`<tool>`). Added words and runs of spaces are ordinary vocabulary.
+    marks_start: whether the tokenizer puts a mark in front of a text's first word; marks_control: also behind control tokens (Llama's `legacy`).
 
     The pieces of a row are encoded one by one. Tokenizers that put a mark in front of every string (SentencePiece-like ones) would put one at each seam; a piece that continues a row is
     therefore encoded behind an anchor, whose ids are cut off.
@@ -123,18 +126,20 @@ class PlainText:
         self._whole = re.compile("|".join(f"(?={re.escape(token)})" for token in whole) or "(?!)", re.IGNORECASE)
         self._heads = {anchor: self._raw(anchor) for anchor in self.ANCHORS}
         trials = [(self._raw(word), self._behind(word, anchor)) for word in ("a", "the") for anchor in self.ANCHORS[:2]]
-        self._marks_start = any(behind is not None and behind != raw for raw, behind in trials)
+        self.marks_start = any(behind is not None and behind != raw for raw, behind in trials)
+        token, index = next(iter(self.control.items()), ("", 0))
+        self.marks_control = self.marks_start and tokenizer(f"{token}a", add_special_tokens=False)["input_ids"] == [index, *self._raw("a")]
         self.ids = lru_cache(maxsize=4096)(self._ids)
 
     def _ids(self, text: str, start: bool) -> tuple[int, ...]:
-        """Ids of `text`; start: it stands at the very beginning of the row, behind the start token at most (Llama: `<s>`, then the text with its mark)."""
+        """Ids of `text`; start: its first word gets a mark, as at the very beginning of a row, behind the start token at most (Llama: `<s>`, then the text with its mark)."""
         cuts = [0, *(found.start() + 1 for found in self._whole.finditer(text)), len(text)]
         return tuple(index for begin, end in pairwise(cuts) for index in self._piece(text[begin:end], start and begin == 0))
 
     def _piece(self, text: str, start: bool) -> list[int]:
         if not text:
             return []
-        if start or not self._marks_start:
+        if start or not self.marks_start:
             return self._raw(text)
         for anchor in self.ANCHORS:
             ids = self._behind(text, anchor)
@@ -184,7 +189,7 @@ class _Generation(jinja2.ext.Extension):
 class Prompt:
     """One prompt template on one tokenizer.
 
-    end_ids: the end mark behind answers, one id.
+    end_ids: the end mark behind answers, one id. marked: ids (PICTURE, control tokens) behind which a text's first word has a mark.
 
     Raises ConfigurationError where they do not fit: an unknown name, a control token the tokenizer lacks, no end mark, a template whose inference prompt is not what training shows.
     """
@@ -198,11 +203,18 @@ class Prompt:
                 raise ConfigurationError(
                     f"prompt {spec.use!r} needs the control token {token!r}, which the tokenizer does not have", cure="choose another prompt, or add the token to the tokenizer"
                 )
+        self.marked = self._marked()
         self._compiled = self._compile()
         self._atoms = re.compile(f"{_MARKS.pattern}|(?P<control>{self._control_pattern()})")
         self.end_ids = self._end_ids()
         if spec.official:
             self._check_official()
+
+    def _marked(self) -> frozenset[int]:
+        """Ids behind which a text begins anew, with a word mark."""
+        if not (self.spec.word_marks or self.spec.official) or not self.text.marks_start:
+            return frozenset()
+        return frozenset({PICTURE, *self.text.control.values()} if self.text.marks_control else {PICTURE})
 
     def _compile(self) -> jinja2.Template:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
@@ -286,8 +298,8 @@ class Prompt:
         for index, turn in enumerate(turns):
             if turn.supervised and not turn.text.strip():
                 raise DataError(_at(where, f"turn {index} is to be learned and has no text, so it would teach to stop at once"), kind="empty", cure="fill it in, or take it out")
-        if self.spec.official and not generate:
-            return self._released(turns, where, max_length)
+        if self.spec.official:
+            return self._released_question(turns, where) if generate else self._released(turns, where, max_length)
         return self._encode(turns, generate, where)
 
     def _encode(self, turns: Sequence[Turn], generate: bool = False, where: str = "") -> Encoded:
@@ -300,7 +312,7 @@ class Prompt:
             elif piece.kind == "control":
                 new = (self.text.control[piece.text],)
             else:
-                new = self.text.ids(piece.text, ids in ([], [self.tokenizer.bos_token_id]))
+                new = self.text.ids(piece.text, ids in ([], [self.tokenizer.bos_token_id]) or ids[-1] in self.marked)
             ids.extend(new)
             supervised.extend([piece.supervised] * len(new))
         return Encoded(ids, supervised, notes)
@@ -329,6 +341,19 @@ class Prompt:
         notes = (GIVEN_UP,) * bool(ignored) + ("opening answer left out",) * (self.spec.use != "plain" and said[0]["from"] == "gpt")
         supervised = [label not in (prompt_official.IGNORE, prompt_official.IMAGE) for label in labels]
         return Encoded(ids, supervised + [False] * (len(ids) - len(supervised)), notes)
+
+    def _released_question(self, turns: Sequence[Turn], where: str) -> Encoded:
+        """What the released program shows for the next answer; a system turn takes the place of its system text. Raises DataError for text that its tokenizer would take for a mark."""
+        form, mark = prompt_official.TEMPLATES[self.spec.use], prompt_official.PLACEHOLDER
+        system = "\n\n".join(turn.text for turn in turns if turn.role == "system") or None
+        found = next((token for turn in turns for token in (mark, *self.text.control) if token in turn.text), None)
+        if found is not None:
+            raise DataError(_at(where, f"an official prompt cannot show {found!r} as text"), cure="leave `official` out, or the mark")
+        said = [(form.roles[turn.role == "assistant"], "".join(part if isinstance(part, str) else mark for part in turn.parts)) for turn in turns if turn.role != "system"]
+        pictures = sum(isinstance(part, Picture) for turn in turns for part in turn.parts)
+        text = mark * pictures if self.template.pictures_only else prompt_official.prompt_text([*said, (form.roles[1], None)], self.spec.use, system)
+        ids = [PICTURE if index == prompt_official.IMAGE else index for index in prompt_official.prompt_ids(text, self.tokenizer)]
+        return Encoded(ids, [False] * len(ids))
 
     def _with_system(self, turns: tuple[Turn, ...], where: str) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
         """The turns with the default system text, or with a system text folded into the first question where the template refuses or loses it."""

@@ -57,13 +57,13 @@ class Labelled(NamedTuple):
     ignored: str = ""
 
 
-def prompt_text(turns: Sequence[tuple[str, str | None]], template: str) -> str:
-    """(role, text) turns, the roles as the template writes them -> prompt. A turn of None or "" is left open: role and colon only (quirk 18)."""
+def prompt_text(turns: Sequence[tuple[str, str | None]], template: str, system: str | None = None) -> str:
+    """(role, text) turns, the roles as the template writes them -> prompt. A turn of None or "" is left open: role and colon only (quirk 18). system: in the place of the template's own."""
     form = _template(template)
     if template == "plain":
         return "".join((text or "") + separator for (_, text), separator in zip(turns, _alternating(form, len(turns)), strict=True))
     written = [f"{role}: {text}{separator}" if text else f"{role}:" for (role, text), separator in zip(turns, _alternating(form, len(turns)), strict=True)]
-    return form.system + form.separators[0] + "".join(written)
+    return (form.system if system is None else system) + form.separators[0] + "".join(written)
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:

@@ -226,9 +226,12 @@ PROMPTS = {
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("name", PROMPTS)
-def test_template_renders_what_training_shows(name: str, talk: str):
+@pytest.mark.parametrize(("kind", "marks"), [("byte_level", False), ("metaspace_legacy", False), ("metaspace_legacy", True), ("metaspace_first", False), ("metaspace_first", True)])
+def test_template_renders_what_training_shows(name: str, talk: str, kind: str, marks: bool):
     spec, chat = PROMPTS[name]
-    tokenizer = tiny.tokenizer(bos="<s>", chat=chat)
+    if (name, kind, marks) == ("plain", "metaspace_first", True) and len(TALKS[talk]) > 1:
+        pytest.skip("where the tokenizer writes no mark, no template writes one in front of an answer: a talk in `plain` has one picture and no question behind it")
+    spec, tokenizer = replace(spec, word_marks=marks), tiny.tokenizer(kind, bos="<s>", chat=chat)
     image = placeholder_id(tokenizer)
     prompt = Prompt(spec, tokenizer)
     template = llava.chat_template(prompt)
@@ -238,7 +241,7 @@ def test_template_renders_what_training_shows(name: str, talk: str):
     as_strings = [{"role": t.role, "content": "".join(p if isinstance(p, str) else "<image>" for p in t.parts)} for t in TALKS[talk]]
     for messages in (as_lists, as_strings):
         text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
-        assert llava.public_tokenizer(tokenizer, llava.starts_row(prompt))(text)["input_ids"] == expected
+        assert llava.public_tokenizer(prompt)(text)["input_ids"] == expected
 
 
 # ---- refusals and files --------------------------------------------------------------------------------------------------

@@ -182,6 +182,7 @@ def test_layers_that_were_never_built_go_out_as_copies_of_their_blocks(tmp_path:
     assert len(model.parts()[0].layers) == 2  # type: ignore[arg-type]
     report = export_run(tmp_path / "run", to="arcana")
     assert "merged tower" in report.merged and report.max_logit_difference <= 1e-5
+    assert "a word mark stands behind each picture, as the program tokenises; the run has none" in report.changed
     tensors = load_file(tmp_path / "run" / "export-arcana" / "model.safetensors")
     block, ladder = f"{TOWER}vision_model.encoder.layers.2.", f"{TOWER}LadderAdapters.2."
     for part in ("layer_norm1.bias", "layer_norm2.weight", "mlp.fc2.weight", "self_attn.k_proj.bias", "self_attn.q_proj.weight"):

@@ -60,7 +60,14 @@ def llama(bases: dict[str, Theirs]) -> Path:
     return bases["llama"].folder
 
 
-CASES = [*(("llama", spelling) for spelling in SPELLINGS), ("qwen2", "hf_old"), ("qwen2", "hf_new"), ("mistral", "tower_without_prefix"), ("mistral", "hf_new")]
+CASES = [
+    *(("llama", spelling) for spelling in SPELLINGS),
+    ("legacy", "hf_new"),
+    ("qwen2", "hf_old"),
+    ("qwen2", "hf_new"),
+    ("mistral", "tower_without_prefix"),
+    ("mistral", "hf_new"),
+]
 
 
 @pytest.mark.parametrize("base, spelling", CASES)
@@ -69,8 +76,10 @@ def test_it_answers_as_transformers_own_class_and_goes_back(base: str, spelling:
     report = import_model(str(respelt(theirs.folder, tmp_path / "theirs", spelling)), tmp_path / "ours")
     model, processor = vlm.load(tmp_path / "ours")
     original = spelling.startswith("original")
-    assert (report.prompt, report.images) == ("vicuna_v1" if base == "llama" else "chatml", "pad" if base == "llama" else "native")
-    assert processor.prompt.spec.system == (None if original or base != "llama" else "")
+    vicuna = base in ("llama", "legacy")
+    assert (report.prompt, report.images) == (("vicuna_v1", "pad") if vicuna else ("chatml", "native"))
+    assert processor.prompt.spec.system == (None if original or not vicuna else "")
+    assert processor.prompt.spec.word_marks == (original or base == "legacy") == any("word mark" in note for note in report.notes)
     assert model.dtype == BASES[base].dtype
 
     llava.write(model, processor, tmp_path / "back")
@@ -82,7 +91,7 @@ def test_it_answers_as_transformers_own_class_and_goes_back(base: str, spelling:
         processor.prompt = Prompt(PromptSpec(use="vicuna_v1", system=""), processor.tokenizer)
     ours = exporting.answers(model, processor, theirs.folder, theirs.asked, theirs.folder.parent)
     assert exporting.compare(ours, theirs.answers, tmp_path).max_logit_difference <= 1e-4
-    assert sum("pixels" in case for case in ours) == (1 if base == "llama" else 3)
+    assert sum("pixels" in case for case in ours) == (1 if vicuna else 3)
 
 
 def test_what_the_folder_says_of_answers_is_kept(llama: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from conversations import says, user
 from prompts import prompt, shown, stretches, system
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vlm.data.sample import Picture, Turn
@@ -172,9 +172,62 @@ def test_official_rows_have_the_released_ids_and_labels() -> None:
     assert [shown(tokenizer, ids) for ids in stretches(plain)] == ["a dog\n"]
 
 
-def test_official_inference_prompts_are_ours() -> None:
-    turns = (user(Picture(""), "\nq"),)
-    assert prompt("vicuna_v1", vicuna(), official=True).encode(turns, generate=True).ids == prompt("vicuna_v1", vicuna()).encode(turns, generate=True).ids
+def sentencepiece(legacy: bool) -> PreTrainedTokenizerBase:
+    """Like Vicuna's: a mark in front of the first word, of a legacy one behind control tokens too, and no token across words."""
+    raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    alphabet = sorted({character for text in tiny.TEXT for character in text if character.isascii()} | {"▁"})
+    raw.train_from_iterator(tiny.TEXT, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]))
+    raw.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<s>", "</s>", "<image>")])
+    raw.pre_tokenizer = None if legacy else pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if legacy:
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))])
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+    made.legacy = legacy  # type: ignore[attr-defined]
+    return made
+
+
+TOKENIZERS = {"byte_level": vicuna, "legacy": lambda: sentencepiece(True), "first": lambda: sentencepiece(False)}
+TALKS = [
+    (user(Picture(""), "\nWhat is it?"),),
+    (user("How many?"), says("two"), user("And now?")),
+    (user("left ", Picture(""), " right ", Picture("")), says("red"), user(Picture(""), "x")),
+]
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_official_inference_prompts_are_the_released_ones(kind: str, talk: tuple[Turn, ...]) -> None:
+    """Word marks behind pictures, and behind `</s>` where the tokenizer is a legacy one; without `official` only where `word_marks` asks for them."""
+    tokenizer = TOKENIZERS[kind]()
+    said = [(("USER", "ASSISTANT")[turn.role == "assistant"], "".join(part if isinstance(part, str) else "<image>" for part in turn.parts)) for turn in talk]
+    released = [PICTURE if index == IMAGE else index for index in prompt_ids(prompt_text([*said, ("ASSISTANT", None)], "vicuna_v1"), tokenizer)]
+    assert prompt("vicuna_v1", tokenizer, official=True).encode(talk, generate=True).ids == released
+    assert prompt("vicuna_v1", tokenizer, word_marks=True).encode(talk, generate=True).ids == released
+    assert (prompt("vicuna_v1", tokenizer).encode(talk, generate=True).ids == released) == (kind == "byte_level" or (kind == "first" and PICTURE not in released))
+
+
+@pytest.mark.parametrize("use", ["vicuna_v1", "plain"])
+@pytest.mark.parametrize("more", [{"official": True}, {"word_marks": True}])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_training_rows_begin_with_the_prompt_that_inference_shows(kind: str, more: dict[str, bool], use: str) -> None:
+    used = prompt(use, TOKENIZERS[kind](), **more)
+    ask = user(Picture(""), "\nWhat is it?")
+    row, asked = used.encode((ask, says("red and green"))), used.encode((ask,), generate=True)
+    assert row.ids[: len(asked.ids)] == asked.ids and not any(row.supervised[: len(asked.ids)]) and all(row.supervised[len(asked.ids) :])
+
+
+def test_a_system_turn_takes_the_place_of_the_released_system_text() -> None:
+    used, tokenizer = prompt("vicuna_v1", vicuna(), official=True), vicuna()
+    ids = used.encode((system("Be brief."), user("q")), generate=True).ids
+    assert ids == tokenizer("Be brief. USER: q ASSISTANT:")["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["a</s>b", "<image>", "<|im_end|>"])
+def test_text_that_the_released_program_takes_for_a_mark_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"an official prompt cannot show '<.*>' as text"):
+        prompt("vicuna_v1", vicuna(), official=True).encode((user(text),), generate=True)
 
 
 def test_official_reads_the_legacy_switch_and_counts_what_it_gives_up() -> None:

@@ -1,7 +1,9 @@
 """Export in the keys of Arcana's own program, a folder that its `LlavaLlamaForCausalLM` loads (arcana_read.py reads it; systems/arcana.md)."""
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,10 +15,11 @@ from vlm.connectors.qladder import LadderLayer, QLadderSpec
 from vlm.encoders.clip import CLIPSpec
 from vlm.errors import ConfigurationError
 from vlm.llm.mm_lora import MMLoRASpec
+from vlm.prompt import Prompt
 from vlm.weights.arcana_keys import LINEARS, to_arcana
 from vlm.weights.arcana_read import MODEL_TYPES, SCALE, SELECT
 from vlm.weights.found import METADATA, flat_text
-from vlm.weights.public import Obstacle, common_obstacles, generation_settings, kept, mlp_obstacles, own_tensors, public_tokenizer, sentences, starts_row
+from vlm.weights.public import Obstacle, common_obstacles, generation_settings, kept, mlp_obstacles, own_tensors, public_tokenizer, sentences
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -95,10 +98,15 @@ def _differences(text_config: Any) -> Iterator[Obstacle]:
 
 
 def as_written(processor: "VLMProcessor") -> "tuple[VLMProcessor, str]":
-    """The processor as it is, and what the program needs beyond the folder."""
+    """The processor with word marks where the program writes them, and what that changes or the program needs beyond the folder."""
     model = processor.model
     connector, [*adapters] = model.connector, [spec for spec in model.adapt.values() if isinstance(spec, MMLoRASpec)]
     found: list[str] = []
+    marked = Prompt(replace(processor.prompt.spec, word_marks=True), processor.tokenizer)
+    if marked.marked != processor.prompt.marked:
+        processor = copy.copy(processor)
+        processor.prompt = marked
+        found.append("a word mark stands behind each picture, as the program tokenises; the run has none (with `word_marks: true` in its prompt it would)")
     if isinstance(connector, QLadderSpec) and adapters and (connector.queries, dict(adapters[0].rank)) != (QUERIES, RANKS):
         own = [connector.queries, *(adapters[0].rank[modality] for modality in RANKS)]
         found.append("the program's code has {} queries and ranks {} and {}: write {}, {} and {} there".format(QUERIES, *RANKS.values(), *own))
@@ -137,7 +145,7 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
     config = _config(model.spec, text, processor.policy) | {"vocab_size": rows, "torch_dtype": str(model.dtype).removeprefix("torch.")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     left_out = processor.image_token_id if rows == processor.image_token_id else None
-    public_tokenizer(processor.tokenizer, starts_row(prompt), without=left_out).save_pretrained(folder)
+    public_tokenizer(prompt, without=left_out).save_pretrained(folder)
     settings = generation_settings(model, processor)
     settings.suppress_tokens = [index for index in settings.suppress_tokens or () if index < rows] or None
     settings.save_pretrained(folder)

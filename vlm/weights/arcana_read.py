@@ -58,7 +58,7 @@ def read(folder: Path, tower: str | None = None) -> Found:
     ladder = _ladder(folder, config, ours, encoder.depth)
     policy = "pad" if config.get("image_aspect_ratio", "pad") == "pad" else "native"
     adapt = {"mm_lora": MMLoRASpec(rank=_ranks(folder, ours), scale=SCALE, dropout=DROPOUT)}
-    return ArcanaFound(folder, shapes, encoder, ladder, flat_text("llama", config), policy, place, prompt=PromptSpec(use="vicuna_v1"), adapt=adapt)
+    return ArcanaFound(folder, shapes, encoder, ladder, flat_text("llama", config), policy, place, prompt=PromptSpec(use="vicuna_v1"), splits=True, adapt=adapt)
 
 
 def _check(folder: Path, config: Mapping[str, Any]) -> None:

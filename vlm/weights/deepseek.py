@@ -9,7 +9,7 @@ from vlm.config import ModelSpec
 from vlm.encoders.hybrid import HybridSpec
 from vlm.errors import ConfigurationError
 from vlm.weights.deepseek_keys import native_name
-from vlm.weights.public import Obstacle, chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, sentences, single_connector, starts_row, unadapted
+from vlm.weights.public import Obstacle, chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, sentences, single_connector, unadapted
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -81,7 +81,7 @@ class Family:
         from transformers import DeepseekVLHybridProcessor, DeepseekVLProcessor
 
         token = cast(str, processor.tokenizer.convert_ids_to_tokens(processor.image_token_id))
-        tokenizer = public_tokenizer(processor.tokenizer, starts_row(processor.prompt), image_token=token)
+        tokenizer = public_tokenizer(processor.prompt, image_token=token)
         tokenizer.chat_template = chat_template(processor.prompt, token)
         kind = DeepseekVLHybridProcessor if self.hybrid else DeepseekVLProcessor
         count = processor.layout(1, 1).count
@@ -102,7 +102,7 @@ def picture_rule(processor: "VLMProcessor", official: bool) -> "tuple[VLMProcess
         if official
         else "transformers' rule instead of the official program's: short sides are rounded, where they were cut off"
     )
-    return VLMProcessor(model, processor.width, processor.tokenizer, processor.prompt.spec, processor.policy), changed
+    return VLMProcessor(model, processor.width, processor.tokenizer, processor.prompt.spec, processor.policy, processor.official_pictures), changed
 
 
 def _pair(encoder: HybridSpec) -> list[Obstacle]:

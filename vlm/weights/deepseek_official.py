@@ -14,7 +14,7 @@ from vlm.weights.deepseek import picture_rule
 from vlm.weights.deepseek_keys import model_to_official
 from vlm.weights.deepseek_read import CONFIG, INTERPOLATE, MIN_SIZE, program_parts
 from vlm.weights.found import METADATA, numbers
-from vlm.weights.public import Obstacle, common_obstacles, generation_settings, own_tensors, public_tokenizer, sentences, single_connector, starts_row, unadapted
+from vlm.weights.public import Obstacle, common_obstacles, generation_settings, own_tensors, public_tokenizer, sentences, single_connector, unadapted
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -93,7 +93,7 @@ def write(model: "VLM", processor: "VLMProcessor", folder: Path) -> None:
     (folder / "config.json").write_text(_json(_config(model.spec, text) | {"torch_dtype": str(model.dtype).removeprefix("torch.")}), encoding="utf-8")
     for name, content in (("preprocessor_config.json", _pictures(processor)), ("processor_config.json", _talk(processor))):
         (folder / name).write_text(_json(content), encoding="utf-8")
-    public_tokenizer(processor.tokenizer, starts_row(prompt)).save_pretrained(folder)
+    public_tokenizer(prompt).save_pretrained(folder)
     generation_settings(model, processor).save_pretrained(folder)
 
 

@@ -26,8 +26,8 @@ class Found:
     """A folder of others in our terms.
 
     shapes: name in the file -> tensor on the meta device. text: the decoder's transformers config. policy: what happens to pictures first. tower: the folder whose tensors are the tower's
-    where the file has none. image_id: the picture token's id, where the folder says one. prompt: the one in which the model was trained, where that is known. notes: what has to be said.
-    adapt: the decoder's adaptations by name.
+    where the file has none. image_id: the picture token's id, where the folder says one. prompt: the one in which the model was trained, where that is known. splits: whether its program cuts
+    the text at pictures and tokenises each piece by itself. notes: what has to be said. adapt: the decoder's adaptations by name.
     """
 
     folder: Path
@@ -39,6 +39,7 @@ class Found:
     tower: Path | None = None
     image_id: int | None = None
     prompt: PromptSpec | None = None
+    splits: bool = False
     notes: tuple[str, ...] = ()
     adapt: Mapping[str, AdaptationSpec] = field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from vlm.folders import free, new_folder
 from vlm.generate import prepare
 from vlm.loading import build, read_generation, tables
 from vlm.processor import VLMProcessor, load_tokenizer
-from vlm.prompt import TEMPLATES, Prompt, PromptSpec
+from vlm.prompt import TEMPLATES, PlainText, Prompt, PromptSpec
 from vlm.weights import arcana_read, deepseek_read, llava_read
 from vlm.weights.files import find_folder, read_json, read_tensors
 from vlm.weights.public import chat_template, starts_row
@@ -76,6 +76,9 @@ def import_model(path: str, out: str | Path | None = None, family: str = "llava"
     words = _tokenizer(spec)
     known = found.prompt if prompt is None else None
     chosen, notes = (known, ()) if known else choose_prompt(words, _chat_template(source, words), prompt)
+    text = PlainText(words)
+    if text.marks_control or (found.splits and text.marks_start):
+        chosen, notes = replace(chosen, word_marks=True), (*notes, "what follows a picture begins with a word mark, as the source tokenises it")
     processor = VLMProcessor(spec, found.text.hidden_size, words, chosen, found.policy)
     model, more = read_model(found, processor.image_token_id, processor.vocabulary)
     prepare(model, processor)

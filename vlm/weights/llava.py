@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlm.config import ModelSpec
 from vlm.errors import CheckpointError, ConfigurationError
-from vlm.weights.public import chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, sentences, single_connector, starts_row, unadapted
+from vlm.weights.public import chat_template, common_obstacles, mlp_obstacles, public_tokenizer, save, sentences, single_connector, unadapted
 
 if TYPE_CHECKING:
     from vlm.model import VLM
@@ -138,7 +138,7 @@ def _processor(processor: "VLMProcessor") -> Any:
     from transformers import LlavaProcessor
 
     encoder: Any = processor.model.encoder
-    tokenizer = public_tokenizer(processor.tokenizer, starts_row(processor.prompt))
+    tokenizer = public_tokenizer(processor.prompt)
     token = str(processor.tokenizer.convert_ids_to_tokens(processor.image_token_id))
     tokenizer.chat_template = chat_template(processor.prompt, token)
     return LlavaProcessor(

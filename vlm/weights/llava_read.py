@@ -115,7 +115,7 @@ def _of_program(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, Te
     encoder, place = program_tower(folder, config.get("mm_vision_tower"), inside, tower)
     connector = from_plain(connectors.registry, {"use": "mlp", "depth": int(depth[1]), "level": level} if depth else {"use": "linear", "level": level})
     policy = "pad" if config.get("image_aspect_ratio") == "pad" else "native"
-    return LLaVAFound(folder, shapes, encoder, connector, flat_text(FAMILIES[config["model_type"]], config), policy, place)
+    return LLaVAFound(folder, shapes, encoder, connector, flat_text(FAMILIES[config["model_type"]], config), policy, place, splits=True)
 
 
 def program_tower(folder: Path, named: str | None, inside: Mapping[str, Tensor], asked: str | None) -> tuple[FixedSizeSpec, Path | None]:

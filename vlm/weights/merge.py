@@ -138,7 +138,7 @@ def merge_text(source: str | Path, out: str | Path | None = None) -> tuple[Path,
     from huggingface_hub import save_torch_state_dict
 
     from vlm.loading import load
-    from vlm.weights.public import chat_template, generation_settings, own_tensors, public_tokenizer, starts_row
+    from vlm.weights.public import chat_template, generation_settings, own_tensors, public_tokenizer
 
     out = free(Path(out) if out is not None else Path(source) / "merged-text")
     model, processor = load(source)
@@ -149,7 +149,7 @@ def merge_text(source: str | Path, out: str | Path | None = None) -> tuple[Path,
         raise ConfigurationError(f"the decoder of {source} is no text model of transformers", got=", ".join(kept), expected="lora and mm_lora alone", cure="keep it as it is")
     if processor.prompt.template.pictures_only:
         raise ConfigurationError(f"the prompt {processor.prompt.spec.use} of {source} shows pictures and no text", cure="merge a later stage")
-    tokenizer = public_tokenizer(processor.tokenizer, starts_row(processor.prompt))
+    tokenizer = public_tokenizer(processor.prompt)
     tokenizer.chat_template = chat_template(processor.prompt, str(processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)))
     text = copy.deepcopy(model.config.text_config)
     text.architectures, text.dtype = [type(model.llm).__name__], model.dtype

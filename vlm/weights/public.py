@@ -104,14 +104,15 @@ def generation_settings(model: "VLM", processor: "VLMProcessor") -> Any:
 # ---- tokenizer ------------------------------------------------------------------------------------------------------------
 
 
-def public_tokenizer(tokenizer: Any, starts: bool, *, without: int | None = None, **names: str) -> Any:
-    """A tokenizer that reads a rendered conversation as training does: it puts the start token in front where the prompt has one, and no word mark behind a control token.
+def public_tokenizer(prompt: "Prompt", *, without: int | None = None, **names: str) -> Any:
+    """The prompt's tokenizer, so that it reads a rendered conversation as training does: it puts the start token in front where the prompt has one, and word marks where the prompt has them.
 
     names: more special tokens, such as `image_token`. without: id of an added token that is left out.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    tokenizer: Any = prompt.tokenizer
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ConfigurationError(
             f"a {type(tokenizer).__name__} cannot be written as tokenizer.json",
@@ -119,10 +120,11 @@ def public_tokenizer(tokenizer: Any, starts: bool, *, without: int | None = None
             cure="convert it, and train with the converted one",
         )
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["post_processor"] = _start_token(tokenizer) if starts else None
+    content["post_processor"] = _start_token(tokenizer) if starts_row(prompt) else None
     content["truncation"] = content["padding"] = None
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != without]
-    _mark_first_word_only(content)
+    if not prompt.marked:
+        _mark_first_word_only(content)
     names |= {name: str(value) for name in ("bos_token", "eos_token", "unk_token", "pad_token") if (value := getattr(tokenizer, name)) is not None}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)), clean_up_tokenization_spaces=False, padding_side="left", model_max_length=tokenizer.model_max_length, **names
@@ -186,11 +188,21 @@ _PICTURES_ONLY = r"""{%- set held = namespace(turns=[]) -%}
 {%- endfor -%}
 {%- set exported.turns = held.turns -%}
 """
+_BLANKS = r"""{%- set held = namespace(turns=[]) -%}
+{%- for m in exported.turns -%}{%- set part = namespace(text='') -%}
+{%- for piece in m['content'].split('<image>') -%}
+{%- set part.text = part.text + (piece if loop.first else '<image>' + (' ' if piece and piece[0] != ' ' else '') + piece) -%}
+{%- endfor -%}{%- set held.turns = held.turns + [dict(m, content=part.text)] -%}{%- endfor -%}
+{%- set exported.turns = held.turns -%}
+"""
 _NO_DATE = "{%- macro strftime_now(form) -%}{%- endmacro -%}\n"
 
 
 def chat_template(prompt: "Prompt", placeholder: str = PLACEHOLDER) -> str:
-    """The prompt's own Jinja text behind a preamble: content lists become strings ({"type": "image"} becomes the placeholder), and the system text is treated as in training."""
+    """The prompt's own Jinja text behind a preamble: content lists become strings ({"type": "image"} becomes the placeholder), and the system text is treated as in training.
+
+    Where a tokenizer writes no word mark behind a picture and the prompt has one, it is written as a blank, whose token it is.
+    """
     template, spec = prompt.template, prompt.spec
     system = template.system if spec.system is None else spec.system
     preamble = _FLATTEN.replace(PLACEHOLDER, placeholder)
@@ -201,6 +213,8 @@ def chat_template(prompt: "Prompt", placeholder: str = PLACEHOLDER) -> str:
             preamble += _FOLD
         if system:
             preamble += _SYSTEM.replace("SYSTEM", json.dumps(system, ensure_ascii=False))  # JSON's escapes are Jinja's
+        if prompt.marked and not prompt.text.marks_control:
+            preamble += _BLANKS.replace(PLACEHOLDER, placeholder)
     if starts_row(prompt):
         preamble += "{%- set bos_token = '' -%}\n"
     if "strftime_now" in template.chat:
