@@ -14,7 +14,7 @@ from vlm.composition import to_plain
 from vlm.config import links, picture_tokens
 from vlm.connectors.base import ConnectorSpec, Link
 from vlm.encoders.tower import TowerSpec
-from vlm.errors import CheckpointError, ConfigurationError, EnvironmentProblem
+from vlm.errors import CheckpointError, ConfigurationError, EnvironmentProblem, listed
 from vlm.hf_config import refuse_unknown
 from vlm.images import apply_policy
 from vlm.llm.base import check_claims, check_order
@@ -30,7 +30,7 @@ from vlm.train.findings import Report, StageReport
 from vlm.train.forms import model_at, stage_processor
 from vlm.train.optim import rates
 from vlm.train.space import checkpoint_bytes, room, size_of, stage_bytes
-from vlm.train.start import check_start
+from vlm.train.start import check_start, left_out
 from vlm.weights.files import find_folder
 
 __all__ = ["check_run"]
@@ -191,7 +191,10 @@ class _Check:
         with self.report.at("start"):
             model_folder(self.run.start)
             if self.text is not None and self.chained and self.tokenizer is not None:
-                check_start(self.run.start, model_at(self.run, 0), placeholder_id(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1)
+                spec = model_at(self.run, 0)
+                written = check_start(self.run.start, spec, placeholder_id(self.tokenizer), max(self.tokenizer.get_vocab().values()) + 1)
+                if idle := left_out(written, spec):
+                    self.report.warnings.append(f"start: {len(idle)} tensors that nothing reads are left out ({listed(idle)})")
 
     def _same_numbers(self, path: str, numbers: Mapping[str, Any], file: Path) -> None:
         """A warning where the configuration's numbers are not those beside the weights: shapes may fit all the same (an activation, a rotary base), and the answers be wrong."""
@@ -276,6 +279,11 @@ class _Check:
                 prompt = Prompt(stage.prompt, self.tokenizer)
         if not self.chained or self.text is None or f"stages.{name}.images" in self.report.wrong:
             return
+        positions = getattr(self.text, "max_position_embeddings", None)
+        if positions is not None and stage.max_length > positions:
+            self.report.warnings.append(
+                f"stages.{name}.max_length {stage.max_length:,} is more than the decoder's {positions:,} positions: it has never seen longer rows, and chat refuses them"
+            )
         fixed = False
         with self.report.at(f"stages.{name}.images"):
             report.picture_tokens, fixed = picture_tokens(self.run.model, self.text.hidden_size, stage.images.use, stage.images.tiling)

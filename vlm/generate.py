@@ -5,6 +5,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,12 +90,13 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def blank(processor: VLMProcessor) -> str:
-    """What decoding gives in front of an answer although it is the template's: " " where it writes "ASSISTANT:" for inference and "ASSISTANT: red" for training."""
-    word = "a"
-    encoded = processor.prompt.encode((Turn("user", (Picture(""), "q")), Turn("assistant", (word,), supervised=True)))
-    shown = decode(processor.tokenizer, [index for index, supervised in zip(encoded.ids, encoded.supervised, strict=True) if supervised])
-    head, found, _ = shown.partition(word)
-    return head if found else ""
+    """What decoding gives in front of an answer although it is the template's: " " where it writes "ASSISTANT:" for inference and "ASSISTANT: red" for training, all of a header that it never writes for inference."""
+
+    def shown(word: str) -> str:
+        encoded = processor.prompt.encode((Turn("user", (Picture(""), "q")), Turn("assistant", (word,), supervised=True)))
+        return decode(processor.tokenizer, [index for index, supervised in zip(encoded.ids, encoded.supervised, strict=True) if supervised])
+
+    return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown("a"), shown("x"), strict=False)))
 
 
 class TextStream:

@@ -5,10 +5,10 @@ encoded piece by piece as plain text. An answer begins where the inference promp
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise, product
 from typing import Any, Literal
 
 import jinja2.ext
@@ -16,13 +16,17 @@ import jinja2.sandbox
 from transformers import PreTrainedTokenizerBase
 
 from vlm import prompt_official
+from vlm.data.record import check_text
 from vlm.data.sample import Picture, Turn
 from vlm.errors import ConfigurationError, DataError
+from vlm.plain_text import PlainText
 
-__all__ = ["GIVEN_UP", "PICTURE", "TEMPLATES", "Encoded", "PlainText", "Prompt", "PromptSpec", "Template"]
+__all__ = ["GIVEN_UP", "PICTURE", "TEMPLATES", "Encoded", "Prompt", "PromptSpec", "Template"]
 
 PICTURE = -1
 """Stands in `Encoded.ids` where the tokens of one picture go."""
+
+Ends = Literal["left", "right", "both"]
 
 GIVEN_UP = "given up by the released label walk"
 """Note of a conversation that `official` leaves without any label."""
@@ -31,14 +35,14 @@ GIVEN_UP = "given up by the released label walk"
 @dataclass(frozen=True)
 class Template:
     """chat: Jinja text over `messages`. needs: control tokens that the tokenizer must have. system: the text of a conversation that brings none. pictures_only: user turns keep their pictures and lose their text.
-    strip: turns lose the blanks at their ends.
+    strip: role -> the ends at which its turns lose their blanks.
     """
 
     chat: str
     needs: tuple[str, ...] = ()
     system: str | None = None
     pictures_only: bool = False
-    strip: bool = False
+    strip: Mapping[str, Ends] = field(default_factory=dict)
 
 
 _VICUNA_SYSTEM = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -67,13 +71,14 @@ TEMPLATES = {
     ),
     # DeepSeek-VL: separators by role (the official program's, by position, are the same where users begin), none behind a last question.
     "deepseek_vl": Template(
-        "{{ bos_token }}{% for m in messages %}{% set said = m['content'] | trim %}"
-        "{% if m['role'] == 'system' %}{{ said + '\n\n' }}"
+        "{{ bos_token }}{% for m in messages %}{% set said = m['content'].lstrip() if m['role'] == 'system' else m['content'] | trim %}"
+        "{% if m['role'] == 'system' %}{% if said %}{{ said + '\n\n' }}{% endif %}"
+        "{% elif not said %}{{ 'User:' if m['role'] == 'user' else 'Assistant:' }}"
         "{% elif m['role'] == 'user' %}{{ 'User: ' + said }}{% if add_generation_prompt or not loop.last %}{{ '\n\n' }}{% endif %}"
         "{% else %}{{ 'Assistant: ' + said + eos_token }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
         system=_DEEPSEEK_VL_SYSTEM,
-        strip=True,
+        strip={"system": "left", "user": "both", "assistant": "both"},
     ),
 }
 """Prompt name -> template. The name "tokenizer" means the tokenizer's own chat template."""
@@ -102,62 +107,6 @@ class Encoded:
     ids: list[int]
     supervised: list[bool]
     notes: tuple[str, ...] = ()
-
-
-class PlainText:
-    """Encodes text as text: no control token comes out, and no word-boundary mark is put where the text goes on.
-
-    control: token -> id of what only a template may write: the special tokens, and added tokens that read like marks (`<tool>`). Added words and runs of spaces are ordinary vocabulary.
-    marks_start: whether the tokenizer puts a mark in front of a text's first word; marks_control: also behind control tokens (Llama's `legacy`).
-
-    The pieces of a row are encoded one by one. Tokenizers that put a mark in front of every string (SentencePiece-like ones) would put one at each seam; a piece that continues a row is
-    therefore encoded behind an anchor, whose ids are cut off.
-    """
-
-    ANCHORS = ("\n", "|", ">", ".", "0", "x", "\x01")
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.control = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special or _is_mark(token.content)}
-        for token, index in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
-            self.control.setdefault(token, index)
-        # The tokenizer itself splits special tokens in text; of the others, and of those that are in its vocabulary too, the first character is cut off.
-        whole = [token for token, index in self.control.items() if len(token) > 1 and index in self._raw(token)]
-        self._whole = re.compile("|".join(f"(?={re.escape(token)})" for token in whole) or "(?!)", re.IGNORECASE)
-        self._heads = {anchor: self._raw(anchor) for anchor in self.ANCHORS}
-        trials = [(self._raw(word), self._behind(word, anchor)) for word in ("a", "the") for anchor in self.ANCHORS[:2]]
-        self.marks_start = any(behind is not None and behind != raw for raw, behind in trials)
-        token, index = next(iter(self.control.items()), ("", 0))
-        self.marks_control = self.marks_start and tokenizer(f"{token}a", add_special_tokens=False)["input_ids"] == [index, *self._raw("a")]
-        self.ids = lru_cache(maxsize=4096)(self._ids)
-
-    def _ids(self, text: str, start: bool) -> tuple[int, ...]:
-        """Ids of `text`; start: its first word gets a mark, as at the very beginning of a row, behind the start token at most (Llama: `<s>`, then the text with its mark)."""
-        cuts = [0, *(found.start() + 1 for found in self._whole.finditer(text)), len(text)]
-        return tuple(index for begin, end in pairwise(cuts) for index in self._piece(text[begin:end], start and begin == 0))
-
-    def _piece(self, text: str, start: bool) -> list[int]:
-        if not text:
-            return []
-        if start or not self.marks_start:
-            return self._raw(text)
-        for anchor in self.ANCHORS:
-            ids = self._behind(text, anchor)
-            if ids is not None:
-                return ids
-        raise DataError(f"the tokenizer joins the text {text[:40]!r} to whatever stands before it", cure="use another tokenizer")
-
-    def _raw(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]  # type: ignore[return-value]
-
-    def _behind(self, text: str, anchor: str) -> list[int] | None:
-        """Ids of the text behind the anchor, None where the two cannot be told apart."""
-        head, ids = self._heads[anchor], self._raw(anchor + text)
-        return ids[len(head) :] if head and ids[: len(head)] == head else None
-
-
-def _is_mark(token: str) -> bool:
-    return len(token) > 1 and not all(character.isalnum() or character.isspace() or character in "▁_-'" for character in token)
 
 
 @dataclass(frozen=True)
@@ -205,6 +154,8 @@ class Prompt:
                 )
         self.marked = self._marked()
         self._compiled = self._compile()
+        if spec.use == "tokenizer":
+            self.template = replace(self.template, strip=self._strips())
         self._atoms = re.compile(f"{_MARKS.pattern}|(?P<control>{self._control_pattern()})")
         self.end_ids = self._end_ids()
         if spec.official:
@@ -226,6 +177,27 @@ class Prompt:
             raise ConfigurationError(
                 f"the template of prompt {self.spec.use!r} is not Jinja: {problem}", cure="mend the tokenizer's chat template, or choose another prompt"
             ) from problem
+
+    def _strips(self) -> dict[str, Ends]:
+        """What the template does to the blanks at the ends of turns. Raises ConfigurationError where it does more to them: rows are made of the turns as they are."""
+        roles = ("system", "user", "assistant") if self.keeps_system else ("user", "assistant")
+        said = [f" \n{role}, Said  once \n" for role in roles]
+
+        def rendered(texts: Iterable[str]) -> str:
+            return self._render([{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)], False, "")
+
+        try:
+            shown, whole = rendered(_MARK.format(place) for place in range(len(roles))), rendered(said)
+        except DataError:
+            return {}  # the trial conversation says so
+        choices: Sequence[Ends | None] = (None, "left", "right", "both")
+        for ends in product(choices, repeat=len(roles)):
+            kept = ["".join(map(str, _stripped([text], end))) for text, end in zip(said, ends, strict=True)]
+            if whole == _MARKS.sub(lambda mark, kept=kept: kept[int(mark["index"])], shown):
+                return {role: end for role, end in zip(roles, ends, strict=True) if end}
+        raise ConfigurationError(
+            "the tokenizer's chat template changes the text of turns", got=repr(whole[:200]), cure="choose another prompt, or take the filters out of the template"
+        )
 
     def _control_pattern(self) -> str:
         """Control tokens, the longest first. Some tokens swallow the blanks beside them, as the tokenizer has it for rendered text."""
@@ -296,6 +268,7 @@ class Prompt:
         Raises DataError with `where`: the template cannot render the turns (with its own sentence), or an answer to be learned has no text.
         """
         for index, turn in enumerate(turns):
+            check_text(turn.text, _at(where, f"turn {index}"))
             if turn.supervised and not turn.text.strip():
                 raise DataError(_at(where, f"turn {index} is to be learned and has no text, so it would teach to stop at once"), kind="empty", cure="fill it in, or take it out")
         if self.spec.official:
@@ -390,7 +363,7 @@ class Prompt:
             return f": {problem.__cause__}"
 
     def _render(self, messages: list[dict[str, str]], generate: bool, where: str) -> str:
-        names = {name: getattr(self.tokenizer, name, None) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        names = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "") | self.tokenizer.special_tokens_map
         try:
             return self._compiled.render(messages=messages, add_generation_prompt=generate, **names)
         except Exception as problem:  # somebody else's program: nearly every built-in kind
@@ -402,7 +375,7 @@ class Prompt:
         messages: list[dict[str, str]] = []
         for turn in turns:
             lost = str if self.template.pictures_only and turn.role == "user" else ()
-            parts = [part for part in (_stripped(turn.parts) if self.template.strip else turn.parts) if part != "" and not isinstance(part, lost)]
+            parts = [part for part in _stripped(turn.parts, self.template.strip.get(turn.role)) if part != "" and not isinstance(part, lost)]
             messages.append({"role": turn.role, "content": "".join(_MARK.format(len(contents) + place) for place in range(len(parts)))})
             contents += parts
         whole = self._render(messages, generate, where)
@@ -450,11 +423,11 @@ class Prompt:
             yield _Piece(text + rendered[at:], "text", supervised)
 
 
-def _stripped(parts: Sequence[str | Picture]) -> list[str | Picture]:
-    """A turn without the blanks before its first word or picture and behind its last."""
+def _stripped(parts: Sequence[str | Picture], ends: Ends | None) -> list[str | Picture]:
+    """A turn without the blanks before its first word or picture (left), behind its last (right), or both."""
     kept = list(parts)
-    for end, strip in ((0, str.lstrip), (-1, str.rstrip)):
-        while kept and isinstance(part := kept[end], str):
+    for side, end, strip in (("left", 0, str.lstrip), ("right", -1, str.rstrip)):
+        while ends in (side, "both") and kept and isinstance(part := kept[end], str):
             kept[end] = strip(part)
             if kept[end]:
                 break

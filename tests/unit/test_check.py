@@ -215,6 +215,12 @@ def test_values_that_would_be_ignored_or_break_later_are_problems(root: Path, ov
     assert told.replace(" is out", ": is out") in str(only(check(compose(root, override))))
 
 
+@pytest.mark.parametrize("override", ["name=..", "name=''", "name=a/b", "stages.a/b={base: instruct}"])
+def test_a_name_that_leads_out_of_the_runs_folder_is_refused(root: Path, override: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not the name of a folder. expected a name without slashes"):
+        compose(root, override)
+
+
 def test_flash_attention_wants_bf16_and_a_family_that_is_proven(root: Path) -> None:
     problem = only(check(compose(root, "model.llm.attention=flash_attention_2", "precision=fp32")))
     assert "model.llm.attention" in str(problem) and "bf16" in str(problem)
@@ -258,6 +264,12 @@ def test_a_part_that_refuses_to_be_built_is_one_problem_for_all_stages(whole: Pa
 
     monkeypatch.setattr(NativeSpec, "build", refuse)
     assert str(only(check(compose(whole, "model.encoder=native", "model.connector.level=0")))) == "model: native needs a licence. get one"
+
+
+def test_rows_longer_than_the_decoders_positions_are_a_warning(root: Path) -> None:
+    assert check(compose(root, "stages.instruct.max_length=1025", "model.llm.config.max_position_embeddings=1024")).warnings == [
+        "stages.instruct.max_length 1,025 is more than the decoder's 1,024 positions: it has never seen longer rows, and chat refuses them"
+    ]
 
 
 def test_numbers_that_are_not_those_beside_the_weights_are_a_warning(root: Path, tmp_path: Path) -> None:

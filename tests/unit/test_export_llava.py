@@ -212,6 +212,7 @@ TALKS = {
     "question": (ASK,),
     "two": (Turn("user", (Picture("p"), " and ", Picture("q"), "  x")), ANSWER, Turn("user", ("And\nnow?",))),
     "system": (SYSTEM, ASK, ANSWER, Turn("user", ("Two?",))),
+    "systems": (SYSTEM, Turn("system", ("Be kind.",)), ASK),
 }
 DATED = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') + '|' }}{% endif %}" + tiny.CHATML
 PROMPTS = {

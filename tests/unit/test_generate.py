@@ -296,6 +296,13 @@ def test_the_blank_of_the_template_is_no_part_of_the_answer(kind: str, prompt: s
     assert blank(processor) == (" " if prompt == "vicuna_v1" and kind.startswith("byte") else "")
 
 
+def test_a_header_that_a_template_never_writes_for_inference_is_no_part_of_the_answer() -> None:
+    """The model learns to write it."""
+    chat = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    processor = VLMProcessor(made()[0].spec, 32, tiny.tokenizer(chat=chat), PromptSpec(use="tokenizer"))
+    assert blank(processor) == "assistant\n"
+
+
 def test_answers_and_streams_leave_the_blank_out() -> None:
     tokenizer = tiny.tokenizer()
     ids = [*tokenizer(" two", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -7,12 +7,13 @@ import pytest
 import tiny
 from conversations import says, user
 from prompts import GEMMA, controls, learned, prompt, shown, stretches, system
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vlm.data.sample import Picture, Turn
 from vlm.errors import DataError
-from vlm.prompt import PICTURE, PlainText
+from vlm.plain_text import PlainText
+from vlm.prompt import PICTURE
 
 KINDS = ("byte_level", "byte_level_prefix_space", "metaspace_legacy", "metaspace_first")
 PROMPTS = ("plain", "vicuna_v1", "chatml", "deepseek_vl", "tokenizer")
@@ -135,6 +136,16 @@ def test_a_mark_that_the_tokenizer_finds_in_any_case() -> None:
     mark = tokenizer.convert_tokens_to_ids("<tool>")
     assert mark in tokenizer("<TOOL>")["input_ids"]
     assert mark not in PlainText(tokenizer).ids("a <TOOL>", False)
+
+
+def test_full_width_characters_that_the_tokenizer_normalises_to_a_mark_stay_text() -> None:
+    raw = Tokenizer.from_str(tiny.tokenizer().backend_tokenizer.to_str())
+    raw.normalizer = normalizers.NFKC()
+    raw.add_tokens([AddedToken("<tool>", normalized=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    text = PlainText(tokenizer)
+    assert text.control["<tool>"] in tokenizer("\uff1ctool\uff1e")["input_ids"], "this is what is to be kept away"
+    assert text.control["<tool>"] not in text.ids("a \uff1ctool\uff1e b", False) and tokenizer.decode(text.ids("a \uff1ctool\uff1e b", False)) == "a <tool> b"
 
 
 def test_text_that_the_tokenizer_joins_to_the_anchor_is_anchored_otherwise() -> None:

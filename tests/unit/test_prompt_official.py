@@ -1,5 +1,6 @@
 """The released prompts and label walks (the numbers of the release itself are in the golden cases arcana_prompt)."""
 
+import json
 import re
 from typing import Any
 
@@ -178,6 +179,8 @@ def sentencepiece(legacy: bool) -> PreTrainedTokenizerBase:
     raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     alphabet = sorted({character for text in tiny.TEXT for character in text if character.isascii()} | {"▁"})
     raw.train_from_iterator(tiny.TEXT, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]))
+    content = json.loads(raw.to_str())
+    raw = Tokenizer.from_str(json.dumps(content | {"added_tokens": content["added_tokens"][:1]}))  # bytes are ordinary tokens
     raw.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<s>", "</s>", "<image>")])
     raw.pre_tokenizer = None if legacy else pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     if legacy:

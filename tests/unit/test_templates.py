@@ -9,7 +9,7 @@ from prompts import GEMMA, learned, of, prompt, shown, system
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from vlm.data.sample import Picture
+from vlm.data.sample import Picture, Turn
 from vlm.errors import ConfigurationError, DataError
 from vlm.prompt import PICTURE
 
@@ -128,3 +128,45 @@ def test_a_template_whose_training_is_not_its_inference(change: tuple[str, str],
 def test_templates_with_generation_blocks() -> None:
     chat = GEMMA.replace("m['content'] +", "m['content'] }}{% generation %}{{").replace("{% endfor %}", "{% endgeneration %}{% endfor %}")
     assert of(chat).encode((user("q"), says("a"))).ids == of(GEMMA).encode((user("q"), says("a"))).ids
+
+
+# ---- what a template does to the text of turns --------------------------------------------------------------------------------
+
+TALK = (system(" Be brief.\n"), user("\n What? "), says(" red \n"), user("  Why? "), says("so "))
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+@pytest.mark.parametrize("strip", [" | trim", ".lstrip()", ".rstrip()"])
+def test_blanks_that_a_template_cuts_off_are_cut_off_in_rows(role: str, strip: str) -> None:
+    chat = tiny.CHATML.replace("m['content']", f"(m['content']{strip} if m['role'] == '{role}' else m['content'])")
+    used = of(chat)
+    theirs = used.tokenizer.apply_chat_template([{"role": turn.role, "content": turn.text} for turn in TALK], tokenize=False)
+    assert chat != tiny.CHATML and used.tokenizer.decode(used.encode(TALK).ids) == theirs
+
+
+@pytest.mark.parametrize("change", ["m['content'] | upper", "m['content'] | tojson", "m['content'] | replace(',', ';')"])
+def test_a_template_that_changes_text_is_refused(change: str) -> None:
+    with pytest.raises(ConfigurationError, match="the tokenizer's chat template changes the text of turns"):
+        of(tiny.CHATML.replace("m['content']", f"({change})"))
+
+
+def test_a_template_has_every_special_token_of_the_tokenizer() -> None:
+    tokenizer = tiny.tokenizer(chat="{{ cls_token }}" + tiny.CHATML)
+    tokenizer.add_special_tokens({"cls_token": "<|cls|>"})
+    assert prompt("tokenizer", tokenizer).encode((user("q"), says("a"))).ids[0] == tokenizer.cls_token_id
+
+
+def test_half_a_character_is_named() -> None:
+    with pytest.raises(DataError, match=r"^f.json, sample 3: turn 1 holds half a character at position 3"):
+        prompt().encode((user("q"), says("caf\udce9")), where="f.json, sample 3")
+
+
+def test_deepseek_strips_turns_and_writes_no_separator_behind_an_empty_one() -> None:
+    used = prompt("deepseek_vl", tiny.tokenizer(bos="<s>"))
+
+    def text(*turns: Turn, generate: bool = False) -> str:
+        return used.tokenizer.decode(used.encode(turns, generate=generate).ids).removeprefix("<s>")
+
+    assert text(system(" Be brief.\n"), user(" q "), says(" a\n")) == "Be brief.\n\n\nUser: q\n\nAssistant: a<|im_end|>"
+    assert text(system(" \n"), user("q"), generate=True) == "User: q\n\nAssistant:"
+    assert text(system("s"), user(" "), generate=True) == "s\n\nUser:Assistant:"

@@ -19,8 +19,9 @@ from vlm.errors import CheckpointError, ConfigurationError, VLMError
 from vlm.folders import free, new_folder
 from vlm.generate import prepare
 from vlm.loading import build, read_generation, tables
+from vlm.plain_text import PlainText
 from vlm.processor import VLMProcessor, load_tokenizer
-from vlm.prompt import TEMPLATES, PlainText, Prompt, PromptSpec
+from vlm.prompt import TEMPLATES, Prompt, PromptSpec
 from vlm.weights import arcana_read, deepseek_read, llava_read
 from vlm.weights.files import find_folder, read_json, read_tensors
 from vlm.weights.public import chat_template, starts_row

@@ -174,7 +174,7 @@ _FLATTEN = r"""{%- set exported = namespace(turns=[], has_system=false) -%}
 _SYSTEM = r"""{%- if not exported.has_system -%}{%- set exported.turns = [{'role': 'system', 'content': SYSTEM}] + exported.turns -%}{%- endif -%}
 """
 _FOLD = r"""{%- set held = namespace(turns=[], system='') -%}
-{%- for m in exported.turns if m['role'] == 'system' -%}{%- set held.system = held.system + m['content'] -%}{%- endfor -%}
+{%- for m in exported.turns if m['role'] == 'system' -%}{%- set held.system = held.system + ('\n\n' if held.system else '') + m['content'] -%}{%- endfor -%}
 {%- for m in exported.turns if m['role'] != 'system' -%}
 {%- if m['role'] == 'user' and held.system -%}
 {%- set held.turns = held.turns + [dict(m, content=held.system + '\n\n' + m['content'])] -%}{%- set held.system = '' -%}
