@@ -11,6 +11,7 @@ from PIL import Image
 from vlm.data.sample import Picture, Sample, held
 from vlm.eval.score import Question, normal
 from vlm.images import upright_size
+from vlm.processor import naming
 
 __all__ = ["TrainingAnswers", "grey", "masked"]
 
@@ -50,12 +51,13 @@ class TrainingAnswers:
 
 def grey(sample: Sample) -> Sample:
     """The sample with every picture grey (RGB 128), each in its size."""
-    turns = tuple(replace(turn, parts=tuple(_grey(part) if isinstance(part, Picture) else part for part in turn.parts)) for turn in sample.turns)
+    turns = tuple(replace(turn, parts=tuple(_grey(part, sample.where) if isinstance(part, Picture) else part for part in turn.parts)) for turn in sample.turns)
     return replace(sample, turns=turns)
 
 
-def _grey(picture: Picture) -> Picture:
-    width, height = upright_size(picture.read(), where=picture.path)
+def _grey(picture: Picture, where: str) -> Picture:
+    with naming(picture, where):
+        width, height = upright_size(picture.read(), where=where)
     return held(_grey_file(width, height), f"grey {width} x {height}")
 
 

@@ -141,8 +141,8 @@ def _kinds_in_turn(found: Sequence[Question], count: int) -> list[Question]:
 def _shrunk(picture: Picture, where: str) -> bytes:
     """A picture as a small file. Raises DataError, OSError."""
     if picture.length() > LIMITS.max_bytes:
-        raise DataError(f"{where}: the picture file {picture.path} is too large", kind="too large", got=f"{picture.length():,} bytes", expected=f"at most {LIMITS.max_bytes:,}")
-    image = open_picture(picture.read(), where=f"{where}: {picture.path}")
+        raise DataError(f"{where}: the picture file {picture.name} is too large", kind="too large", got=f"{picture.length():,} bytes", expected=f"at most {LIMITS.max_bytes:,}")
+    image = open_picture(picture.read(), where=f"{where}: {picture.name}")
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return min((_encoded(image, "PNG"), _encoded(image, "JPEG", quality=88)), key=len)
 

@@ -13,6 +13,8 @@ from rich.progress import track
 from rich.table import Table
 
 from vlm.composition import compose
+from vlm.data.base import Reader
+from vlm.data.pictures import check_pictures
 from vlm.data.sample import Sample
 from vlm.data.sources import sources_at
 from vlm.errors import CheckpointError, ConfigurationError
@@ -75,7 +77,7 @@ def evaluate(
         raise ConfigurationError(f"{folder} has no stage {stage!r}", expected=f"one of {', '.join(spec.stages)}" if spec else "a run")
     files = {name: scores_file(folder, name, stage, own=file is None) for name in chosen}
     readers = {name: source.open() for name, source in chosen.items()}
-    asked = {name: [question for number in spread(len(reader), limit) for question in questions(reader[number])] for name, reader in readers.items()}
+    asked = {name: _asked(reader, limit) for name, reader in readers.items()}
     subjects = {name: scored(source, readers[name], stage=stage, limit=limit, max_new_tokens=max_new_tokens) for name, source in chosen.items()}
     model, processor = load(folder / "stages" / stage if stage else folder)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
@@ -108,6 +110,14 @@ def _one_split(file: str | Path, images: str | Path | None) -> dict[str, Any]:
     if len(found) != 1:
         several = ", ".join(f"{split} ({source.file})" for split, source in found.items())
         raise ConfigurationError(f"{file} holds {len(found)} splits, and one is scored", got=several or "none", cure="name the file or folder of one")
+    return found
+
+
+def _asked(reader: Reader[Any], limit: int | None) -> list[Question]:
+    """Every question, once its pictures are known to be there: what is missing shows before a model is loaded, not behind a thousand answers."""
+    found = [question for number in spread(len(reader), limit) for question in questions(reader[number])]
+    for question in found:
+        check_pictures(question.sample)
     return found
 
 

@@ -22,6 +22,7 @@ from vlm.eval.scores import scored, scores_file
 from vlm.train.comparison import Comparison, Run, Scores
 from vlm.train.config import RunSpec
 from vlm.train.folder import absolute, open_folder
+from vlm.weights.files import read_json
 
 __all__ = ["Trial", "plan", "run_ablation", "values"]
 
@@ -220,7 +221,7 @@ def _scored_before(trial: Trial) -> Scores | None:
     files = {name: scores_file(trial.folder, name) for name in trial.run.eval}
     if not (trial.folder / "export").is_dir() or not all(file.is_file() for file in files.values()):
         return None
-    found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    found = {name: read_json(file, "remove it, and it is made again") for name, file in files.items()}
     sources = {name: trial.run.data[source] for name, source in trial.run.eval.items()}
     same = all(found[name]["protocol"].get("scored") == scored(source, source.open()) for name, source in sources.items())
     return _needed(found) if same else None

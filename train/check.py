@@ -1,7 +1,6 @@
 """What a run would do, and everything that is wrong with it, before it is started: no GPU, no weights, no DeepSpeed."""
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from vlm.config import links, picture_tokens
 from vlm.connectors.base import ConnectorSpec, Link
 from vlm.encoders.tower import TowerSpec
 from vlm.errors import CheckpointError, ConfigurationError, EnvironmentProblem, listed
+from vlm.folders import check_place
 from vlm.hf_config import refuse_unknown
 from vlm.images import apply_policy
 from vlm.llm.base import check_claims, check_order
@@ -31,7 +31,7 @@ from vlm.train.forms import model_at, stage_processor
 from vlm.train.optim import rates
 from vlm.train.space import checkpoint_bytes, room, size_of, stage_bytes
 from vlm.train.start import check_start, left_out
-from vlm.weights.files import find_folder
+from vlm.weights.files import find_folder, read_json
 
 __all__ = ["check_run"]
 
@@ -142,6 +142,8 @@ class _Check:
             deepspeed_config(stage, precision_of(self.run.precision, torch.device("cpu"), stage.zero))
 
     def _names(self) -> None:
+        with self.report.at("runs"):
+            check_place(self.run.folder)
         for path, named in (("eval", self.run.eval), ("validate.data", self.run.validate.data)):
             for name, source in named.items():
                 if source not in self.run.data:
@@ -174,7 +176,8 @@ class _Check:
             if part.weights == "path" and part.path is None:
                 self.report.refuse(path, "weights of a path are asked for", got="no path", expected="a folder with weights", cure=f"set {path}.path, or {path}.weights=random")
             elif part.weights == "path" and self._there(f"{path}.path", str(part.path)) and part.config is not None:
-                self._same_numbers(path, part.config, find_folder(str(part.path)) / "config.json")
+                with self.report.at(path):
+                    self._same_numbers(path, part.config, find_folder(str(part.path)) / "config.json")
 
     def _connector_files(self, path: str, spec: ConnectorSpec) -> None:
         if spec.path is not None and not Path(spec.path).is_file():
@@ -200,7 +203,7 @@ class _Check:
         """A warning where the configuration's numbers are not those beside the weights: shapes may fit all the same (an activation, a rotary base), and the answers be wrong."""
         if not file.is_file():
             return
-        written = json.loads(file.read_text(encoding="utf-8"))
+        written = read_json(file)
         written = written.get("vision_config", written) if path != "model.llm" else written
         differ = [f"{name} {numbers[name]!r} (beside the weights {written[name]!r})" for name in numbers if name in written and written[name] != numbers[name]]
         if differ:

@@ -10,7 +10,6 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from torch import nn
 from vlm.errors import CheckpointError
 from vlm.train.engine import Engine, together
 from vlm.train.space import check_room, writing
+from vlm.weights.files import read_json
 
 __all__ = ["Position", "check_ranks", "file_hash", "frozen_hash", "latest", "read_position", "restore", "save", "universal"]
 
@@ -103,9 +103,13 @@ def latest(folder: Path, at_most: float = math.inf) -> Path | None:
 
 def read_position(folder: Path, fingerprint: str) -> Position:
     """Where a checkpoint stands; raises CheckpointError where it belongs to another model or was changed."""
-    data: dict[str, Any] = json.loads((folder / "position.json").read_text(encoding="utf-8"))
-    files, frozen = data.pop("files"), tuple(data.pop("frozen"))
-    position = Position(**data, frozen=frozen)
+    cure = f"remove {folder.name}; the run then resumes from the checkpoint before it"
+    data = read_json(folder / "position.json", cure)
+    try:
+        files, frozen = data.pop("files"), tuple(data.pop("frozen"))
+        position = Position(**data, frozen=frozen)
+    except (KeyError, TypeError) as problem:
+        raise CheckpointError(f"{folder / 'position.json'} is damaged: {problem!r}", cure=cure) from problem
     if position.fingerprint != fingerprint:
         raise CheckpointError(
             f"{folder} was written by a run with another model or other stages",
@@ -115,7 +119,7 @@ def read_position(folder: Path, fingerprint: str) -> Position:
         )
     for name, expected in files.items():
         if not (folder / name).is_file() or file_hash(folder / name) != expected:
-            raise CheckpointError(f"{folder / name} is not what was saved", cure=f"remove {folder.name}; the run then resumes from the checkpoint before it")
+            raise CheckpointError(f"{folder / name} is not what was saved", cure=cure)
     return position
 
 

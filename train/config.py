@@ -147,7 +147,10 @@ class StageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A run: model x data x stages. start: folder of a finished model from which the first stage goes on (default: from the weights that `model` names). eval: name -> data source scored by `vlm eval`. bad_budget: share of a stage's samples that may be bad where a source says `on_bad: skip`."""
+    """A run: model x data x stages. start: folder of a finished model from which the first stage goes on (default: from the weights that `model` names). eval: name -> data source scored by `vlm eval`. bad_budget: share of a stage's samples that may be bad where a source says `on_bad: skip`.
+
+    Raises ConfigurationError for a name, of the run or of a stage, that would lead out of the run's folder.
+    """
 
     name: str
     model: ModelSpec
@@ -164,6 +167,12 @@ class RunSpec:
     save: SaveSpec = field(default_factory=SaveSpec)
     validate: ValidateSpec = field(default_factory=ValidateSpec)
     log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for what, name in (("name", self.name), *(("stage", stage) for stage in self.stages)):
+            if not name or name == ".." or Path(name).name != name:
+                cure = "set runs=FOLDER to where run folders go" if what == "name" else "rename the stage"
+                raise ConfigurationError(f"the {what} {name!r} is not the name of a folder", expected="a name without slashes", cure=cure)
 
     @property
     def folder(self) -> Path:

@@ -20,7 +20,7 @@ from vlm.features import ImageInput, TokenLayout
 from vlm.images import upright_size
 from vlm.loading import build, form
 from vlm.model import VLM
-from vlm.processor import VLMProcessor
+from vlm.processor import VLMProcessor, naming
 from vlm.train.config import RunSpec, StageSpec
 from vlm.train.forms import stage_mixture
 from vlm.train.optim import Group, plan
@@ -97,7 +97,8 @@ class RowLengths(VLMProcessor):
     def see(self, picture: Picture | Image.Image | bytes | str | Path, mode: Mode = "infer", where: str = "") -> ImageInput:
         size = self.sizes.get(picture, self.typical) if isinstance(picture, Picture) else self.typical
         if size not in self._layouts:
-            self._layouts[size] = self.layout(*size, mode)
+            with naming(picture, where):
+                self._layouts[size] = self.layout(*size, mode)
         return ImageInput({}, *size, self._layouts[size])
 
     def knows(self, sample: Sample) -> bool:
@@ -178,7 +179,7 @@ class Measure:
         if not self.rows.knows(sample):
             self.unknown += 1
             return
-        counts = [self.rows.see(picture).layout.count for picture in sample.pictures]
+        counts = [self.rows.see(picture, where=sample.where).layout.count for picture in sample.pictures]
         self.picture_tokens.update(counts)
         fits = overhead + sum(counts) + _text_bytes(sample) <= self.max_length
         if not fits and not in_time:
@@ -289,9 +290,6 @@ def _sizes(sample: Sample, found: Scan, headers: float) -> dict[Picture, tuple[i
             found.closed += 1
             continue
         found.opened += 1
-        # The path goes behind the fault, so that refusals of one kind are told by their beginning.
-        try:
+        with naming(picture, sample.where):
             sizes[picture] = upright_size(picture.read() if picture.size is not None or picture.data is not None else picture.path, where=sample.where)
-        except DataError as problem:
-            raise problem.changed(got=picture.path + (f", {problem.got}" if problem.got is not None else "")) from problem
     return sizes

@@ -20,6 +20,7 @@ from vlm.connectors.base import ConnectorSpec
 from vlm.errors import CheckpointError, ConfigurationError, DataError
 from vlm.processor import load_tokenizer
 from vlm.train.config import RunSpec
+from vlm.weights.files import read_json
 from vlm.whole import write_whole
 
 __all__ = ["absolute", "check_same", "fingerprint", "open_folder", "steps_of", "write_export"]
@@ -68,7 +69,7 @@ def open_folder(run: RunSpec, folder: Path, resume: bool) -> None:
 
 def check_same(run: RunSpec, folder: Path) -> None:
     """See that a folder is of this run, and that its data are what they were. Raises CheckpointError for another run, DataError for data that changed."""
-    written, now = json.loads((folder / "manifest.json").read_text(encoding="utf-8")), _manifest(run)
+    written, now = read_json(folder / "manifest.json", "restore it, or start a new run under another name"), _manifest(run)
     if written.keys() != now.keys():
         raise CheckpointError(
             f"{folder} was begun by another version of vlm", cure="finish it with that version (environment.json names it), or start a new run under another name"
@@ -143,7 +144,7 @@ def _commit() -> str | None:
 
 def steps_of(folder: Path, stage: str) -> int:
     """Steps of a finished stage."""
-    return int(json.loads((folder / "stages" / stage / "stage.json").read_text(encoding="utf-8"))["steps"])
+    return int(read_json(folder / "stages" / stage / "stage.json", f"remove stages/{stage}; --resume then trains it again")["steps"])
 
 
 def write_export(folder: Path, last: str) -> None:

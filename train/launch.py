@@ -13,6 +13,7 @@ from pathlib import Path
 from socket import gethostname
 
 from vlm.errors import ConfigurationError, EnvironmentProblem, Stopped
+from vlm.folders import check_place
 from vlm.train.rank import AGAIN, LAUNCHED, End, ends_since, is_rank, log_of
 
 __all__ = ["Launch", "start_ranks"]
@@ -184,6 +185,7 @@ def start_ranks(
         node_rank = int(os.environ["SLURM_NODEID"])
     found = Launch(processes_of(nproc), nodes, node_rank, rendezvous, _kept(arguments), folder)
     found.check()
+    check_place(folder)
     if print_only:
         print(f"{found.lines()}\n\n{found.sbatch()}")
         return 0

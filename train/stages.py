@@ -111,7 +111,7 @@ def _first(run: RunSpec, spec: ModelSpec, processor: VLMProcessor, zero: Mapping
     torch.manual_seed(_seed(run.seed, 0, 0))
     if run.start is None:
         return first_model(spec, processor.image_token_id, zero, processor.vocabulary)
-    rows = max(processor.vocabulary, VLMConfig.from_pretrained(model_folder(run.start)).text_config.vocab_size)
+    rows = max(processor.vocabulary, VLMConfig.read(model_folder(run.start)).text_config.vocab_size)
     return started_model(run.start, spec, processor.image_token_id, zero, rows)
 
 

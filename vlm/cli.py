@@ -304,7 +304,10 @@ def data_check_command(
     """Say what data hold and what is wrong with them; the exit code is 1 where something is. Example: vlm data check digits/train.json"""
     from vlm.data.sources import columns_of, sources_at
     from vlm.data.survey import survey_source, write_report
+    from vlm.folders import check_place
 
+    if json is not None:
+        check_place(json.parent)
     sources = sources_at(source, reader=reader, images=images, columns=columns_of(columns))
     surveys = {split: survey_source(spec, everything=everything, decode=decode) for split, spec in sources.items()}
     for found in surveys.values():

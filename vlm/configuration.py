@@ -1,12 +1,15 @@
 """config.json of a VLM: the parts by name with their numbers, and the decoder's own transformers config."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlm.composition import from_plain, to_plain
 from vlm.config import LLMSpec, ModelSpec
+from vlm.errors import CheckpointError, VLMError
+from vlm.weights.files import read_json
 
 __all__ = ["VLMConfig"]
 
@@ -49,6 +52,23 @@ class VLMConfig(PreTrainedConfig):
             image_token_id=image_token_id,
             newline=model.newline,
         )
+
+    @classmethod
+    def read(cls, folder: Path) -> "VLMConfig":
+        """config.json of a folder that vlm wrote, once it is known to describe a model. Raises CheckpointError."""
+        file = folder / "config.json"
+        kind = read_json(file).get("model_type")
+        if kind != cls.model_type:
+            cure = "give a folder that vlm wrote, or turn this one into such with `vlm import`"
+            raise CheckpointError(f"{file} describes no model of vlm", got=f"model_type {kind!r}", expected=repr(cls.model_type), cure=cure)
+        try:
+            config = cls.from_pretrained(folder)
+            config.spec()
+        except VLMError as problem:
+            raise CheckpointError(f"{file} describes no model that can be built: {problem}", cure="fetch it again; parts of your own are named by --import") from problem
+        except (ValueError, TypeError, KeyError, AttributeError) as problem:
+            raise CheckpointError(f"{file} is damaged: {problem!r}", cure="fetch it again") from problem
+        return config
 
     def spec(self) -> ModelSpec:
         """The parts' Specs; raises ConfigurationError for a part that nobody registered. No code is imported because a checkpoint names it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vlm.errors import ConfigurationError
 
-__all__ = ["free", "new_folder", "partial_of", "replace_folder", "taken"]
+__all__ = ["check_place", "free", "new_folder", "partial_of", "replace_folder", "taken"]
 
 
 def taken(folder: Path) -> bool:
@@ -16,8 +16,16 @@ def taken(folder: Path) -> bool:
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
+def check_place(folder: Path) -> None:
+    """Raises ConfigurationError where no folder can be made, because a file has its name or that of a folder above it."""
+    there = next(place for place in (folder, *Path(os.path.abspath(folder)).parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigurationError(f"{folder} cannot be made", got=f"the file {there}", expected="a folder", cure="give a path of another name")
+
+
 def free(folder: Path) -> Path:
-    """`folder`, of which nothing would be lost: asked before what takes long. Raises ConfigurationError where it is `taken`."""
+    """`folder`, of which nothing would be lost: asked before what takes long. Raises ConfigurationError where it is `taken`, and as `check_place`."""
+    check_place(folder.parent)
     if taken(folder):
         raise ConfigurationError(f"{os.path.abspath(folder)} holds something already", cure="name a folder that is new or empty, or delete this one if nothing needs it")
     return folder

@@ -18,7 +18,22 @@ from PIL import Image, ImageFile
 
 from vlm.errors import ConfigurationError, DataError, EnvironmentProblem, VLMError
 
-__all__ = ["LIMITS", "POLICIES", "Limits", "apply_policy", "check_made", "crop_to", "mean_color", "open_picture", "pad", "policy_size", "resize", "too_large", "upright_size"]
+__all__ = [
+    "LIMITS",
+    "POLICIES",
+    "Limits",
+    "apply_policy",
+    "check_made",
+    "crop_to",
+    "exif_orientation",
+    "mean_color",
+    "open_picture",
+    "pad",
+    "policy_size",
+    "resize",
+    "too_large",
+    "upright_size",
+]
 
 T = TypeVar("T")
 
@@ -68,7 +83,8 @@ def open_picture(data: bytes, *, where: str = "", limits: Limits = LIMITS, offic
 
     Args:
         where: the file (and record) as messages call it.
-        official: drop the alpha channel without blending, as the released LLaVA code does. All else stays as above.
+        official: colours are those of Pillow's `convert("RGB")`, as in the released LLaVA code: the alpha channel is dropped without blending, 16-bit values above 255 become white.
+            Limits, refusals and the way up stay as above: layouts and what `upright_size` says count on it.
 
     Raises:
         DataError: empty, no picture, truncated, corrupt, above `limits`, or of a mode without a known white (32-bit, float).
@@ -84,7 +100,9 @@ def open_picture(data: bytes, *, where: str = "", limits: Limits = LIMITS, offic
         if image.format == "PNG":
             _check_png(data)
         image.load()
-        turn = _TURNS.get(_orientation(image))
+        if image.format == "PNG":
+            _scale_transparent(image, depth=data[24])
+        turn = _TURNS.get(exif_orientation(image))
         rgb = _to_rgb(image, where, official)
     rgb = rgb.copy() if turn is None else rgb.transpose(turn)
     rgb.info.clear()  # nobody may find the orientation and turn it again
@@ -120,7 +138,7 @@ def pad(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
     if width == height:
         return image
     side = max(width, height)
-    check_made(image, side, side)
+    check_made(image.size, side, side)
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
@@ -144,7 +162,7 @@ def crop_to(image: Image.Image, size: int, official: bool = False, *, edge: int 
     edge = edge or size
     short, long = min(image.size), max(image.size)
     scaled = int(edge * long / short)
-    check_made(image, edge, scaled)
+    check_made(image.size, edge, scaled)
     image = resize(image, edge, scaled) if image.width <= image.height else resize(image, scaled, edge)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -181,9 +199,13 @@ def apply_policy(name: str, image: Image.Image, mean: Sequence[float] | None, si
 
 
 def policy_size(name: str, width: int, height: int, side: int) -> tuple[int, int]:
-    """Width and height of what `apply_policy` makes of a picture of width x height pixels. side: the encoder's `size`."""
+    """Width and height of what `apply_policy` makes of a picture of width x height pixels. side: the encoder's `size`. Raises DataError where `apply_policy` does for its size."""
+    long, short = max(width, height), min(width, height)
     if name == "pad":
-        return max(width, height), max(width, height)
+        check_made((width, height), long, long)
+        return long, long
+    if name == "crop":
+        check_made((width, height), side, int(side * long / short))
     return (side, side) if name in ("crop", "squash") else (width, height)
 
 
@@ -193,13 +215,13 @@ def _needed(policy: str, what: str, value: T | None) -> T:
     return value
 
 
-def check_made(image: Image.Image, width: int, height: int) -> None:
-    """Raises DataError where a picture of width x height pixels, which is to be made of this one, would not fit memory."""
+def check_made(size: tuple[int, int], width: int, height: int) -> None:
+    """Raises DataError where a picture of width x height pixels, which is to be made of one of this `size`, would not fit memory."""
     if width * height > _LARGEST_MADE:
         raise DataError(
             "the picture is too thin for its length",
             kind="too large",
-            got=f"{image.width} x {image.height}, to become {width} x {height}",
+            got=f"{size[0]} x {size[1]}, to become {width} x {height}",
             expected=f"at most {_LARGEST_MADE:,} pixels",
             cure="cut it into pieces, or use `images: squash`",
         )
@@ -246,6 +268,8 @@ def _header(file: BinaryIO, where: str, limits: Limits) -> ImageFile.ImageFile:
             continue
         file.seek(0)
         image = factory(file, "")
+        if name == "TIFF":
+            image.info.pop("xmp", None)  # by which Pillow would turn it, after it has declared the size without
         _check_size(image.size, where, limits)
         return image
     raise DataError(
@@ -278,18 +302,37 @@ def _upright_size(file: BinaryIO, size: int, where: str, limits: Limits) -> tupl
         if image.format == "PNG":
             image = _header(_png_without_pixels(file), where, limits)
         width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+        return (height, width) if exif_orientation(image) >= 5 else (width, height)
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8 of the metadata read so far. TIFF: 1, Pillow turns it while loading and declares the upright size."""
     if image.format == "TIFF":
         return 1
     try:
-        value = Image.Image.getexif(image).get(_ORIENTATION)  # PngImageFile's own getexif decodes the pixels
+        value = _exif(image).get(_ORIENTATION)
     except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error, OSError):
         return 1
     return value if value in _TURNS else 1
+
+
+def _exif(image: Image.Image) -> Image.Exif:
+    """Without the orientation that Pillow takes from XMP where EXIF says none: viewers do not look there."""
+    if not image.info.keys() & {"xmp", "XML:com.adobe.xmp"}:
+        return Image.Image.getexif(image)  # PngImageFile's own getexif decodes the pixels
+    bare = Image.new("1", (1, 1))
+    bare.info = {key: image.info[key] for key in ("exif", "Raw profile type exif") if key in image.info}
+    return bare.getexif()
+
+
+def _scale_transparent(image: Image.Image, depth: int) -> None:
+    """The one transparent grey or colour of a PNG in the values that Pillow gives; it keeps the file's own. depth: bits per channel of the file; of 16-bit colour the upper 8 are all there is."""
+    key = image.info.get("transparency")
+    if image.mode == "L" and isinstance(key, int) and depth < 8:
+        white = 2**depth - 1
+        image.info["transparency"] = (key & white) * 255 // white
+    elif image.mode == "RGB" and isinstance(key, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 def _png_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
@@ -330,9 +373,8 @@ def _png_without_pixels(file: BinaryIO) -> BinaryIO:
 
 
 def _to_rgb(image: ImageFile.ImageFile, where: str, official: bool) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # Pillow scales PPM of more than 8 bits to 0..65535
-        return _from_16_bit(image, official)
-    if image.mode in ("I", "F"):
+    grey_16 = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")  # Pillow scales PPM of more than 8 bits to 0..65535
+    if image.mode in ("I", "F") and not grey_16:
         kind = "floating-point" if image.mode == "F" else "signed or 32-bit integer"
         raise DataError(
             f"{where}: nothing says which of its values is white",
@@ -341,13 +383,17 @@ def _to_rgb(image: ImageFile.ImageFile, where: str, official: bool) -> Image.Ima
             expected="8 or 16 bits per channel",
             cure="scale the picture and save it as 8 or 16 bit",
         )
-    if not official and image.has_transparency_data:
+    if official:
+        return image.convert("RGB")
+    if grey_16:
+        return _from_16_bit(image)
+    if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_16_bit(image: ImageFile.ImageFile, official: bool) -> Image.Image:
+def _from_16_bit(image: ImageFile.ImageFile) -> Image.Image:
     """Grey of 9 to 16 bits -> RGB by the format's own white, never by the picture's brightest value."""
     values = np.asarray(image).astype(np.uint32)
     tags = getattr(image, "tag_v2", {})
@@ -355,7 +401,7 @@ def _from_16_bit(image: ImageFile.ImageFile, official: bool) -> Image.Image:
     grey = ((values * 255 + white // 2) // white).clip(0, 255).astype(np.uint8)
     if tags.get(262) == 0:  # TIFF: white is zero, which Pillow undoes for 1 and 8 bits only
         grey = 255 - grey
-    if not official and "transparency" in image.info:
+    if "transparency" in image.info:
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey).convert("RGB")
 

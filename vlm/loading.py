@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlm.config import LLMSpec, ModelSpec, links
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.initial import draw, first_values
-from vlm.weights.files import find_folder, read_file, read_json, read_tensors
+from vlm.weights.files import find_folder, read_file, read_json, read_shapes, read_tensors
 from vlm.weights.strict import load_tensors
 
 if TYPE_CHECKING:
@@ -113,9 +113,18 @@ def read_generation(model: "VLM", llm: LLMSpec) -> None:
 
     if llm.weights != "path" or llm.path is None or not (file := find_folder(llm.path) / "generation_config.json").is_file():
         return
-    written = read_json(file)
-    model.generation_config = GenerationConfig(**{name: written.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    model.generation_config = GenerationConfig(**_token_ids(file))
     model.generation_config._from_model_config = False
+
+
+def _token_ids(file: Path) -> dict[str, Any]:
+    """The start, end and padding ids of a generation_config.json. Raises CheckpointError."""
+    written = read_json(file)
+    found = {name: written.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in found.items():
+        if not all(isinstance(index, int | None) for index in (value if isinstance(value, list) else [value])):
+            raise CheckpointError(f"{file}: {name} is no id of a token", got=repr(value), expected="a number, or a list of them", cure="write the token's number there")
+    return found
 
 
 def _first_values(
@@ -136,10 +145,10 @@ def _first_values(
 
 
 def saved_model(folder: Path, zero: Mapping[str, Any] | None = None) -> "VLM":
-    """The model of a stage's or export's folder, ZeRO-aware."""
+    """The model of a stage's or export's folder, ZeRO-aware. Raises CheckpointError."""
     from vlm.configuration import VLMConfig
 
-    model = build(VLMConfig.from_pretrained(folder), zero)
+    model = build(VLMConfig.read(folder), zero)
     load_tensors(model, read_tensors(folder), source=str(folder))
     return model
 
@@ -157,10 +166,17 @@ def model_folder(folder: str | Path) -> Path:
 
 
 def load(folder: str | Path) -> "tuple[VLM, VLMProcessor]":
-    """A finished model with its processor, in evaluation mode: from a run's folder (its export), a stage's folder, or any folder that `save_pretrained` wrote."""
+    """A finished model with its processor, in evaluation mode: from a run's folder (its export), a stage's folder, or any folder that `save_pretrained` wrote.
+
+    Raises CheckpointError for a file that is missing, cut or damaged: transformers would end in an error of its own, or do without the file.
+    """
     import vlm.auto  # noqa: F401  registers with the Auto classes
     from vlm.model import VLM
     from vlm.processor import VLMProcessor
 
     folder = model_folder(folder)
-    return VLM.from_pretrained(folder).eval(), VLMProcessor.from_pretrained(folder)
+    processor = VLMProcessor.from_pretrained(folder)
+    read_shapes(folder)
+    if (generation := folder / "generation_config.json").is_file():
+        _token_ids(generation)
+    return VLM.from_pretrained(folder).eval(), processor

@@ -16,7 +16,6 @@ class PlainText:
 
     control: token -> id of what only a template may write: the special tokens, and added tokens that read like marks (`<tool>`). Added words and runs of spaces are ordinary vocabulary.
     marks_start: whether the tokenizer puts a mark in front of a text's first word; marks_control: also behind control tokens (Llama's `legacy`).
-    closed: ids of control tokens that no text becomes.
 
     The pieces of a row are encoded one by one. Tokenizers that put a mark in front of every string (SentencePiece-like ones) would put one at each seam; a piece that continues a row is
     therefore encoded behind an anchor, whose ids are cut off.
@@ -32,7 +31,7 @@ class PlainText:
         # The tokenizer itself splits special tokens in text; of the others, and of those that are in its vocabulary too, the first character is cut off.
         whole = [token for token, index in self.control.items() if len(token) > 1 and index in self._raw(token)]
         self._whole = re.compile("|".join(f"(?={re.escape(token)})" for token in whole) or "(?!)", re.IGNORECASE)
-        self.closed = {index for token, index in self.control.items() if len(token) > 1 and token != tokenizer.unk_token}
+        self._closed = {index for token, index in self.control.items() if len(token) > 1 and token != tokenizer.unk_token}
         self._heads = {anchor: self._raw(anchor) for anchor in self.ANCHORS}
         trials = [(self._raw(word), self._behind(word, anchor)) for word in ("a", "the") for anchor in self.ANCHORS[:2]]
         self.marks_start = any(behind is not None and behind != raw for raw, behind in trials)
@@ -48,7 +47,7 @@ class PlainText:
     def _piece(self, text: str, start: bool) -> list[int]:
         """Where the tokenizer makes a control token of other characters (full-width ones that it normalises), they are encoded one by one."""
         ids = self._plain(text, start)
-        if len(text) > 1 and not self.closed.isdisjoint(ids):
+        if len(text) > 1 and not self._closed.isdisjoint(ids):
             return [index for place, character in enumerate(text) for index in self._plain(character, start and not place)]
         return ids
 

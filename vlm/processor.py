@@ -1,7 +1,8 @@
 """Pictures and conversations -> model inputs. The same code in training, evaluation, chat and server; the one place where placeholders are expanded."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from vlm.row import IGNORE, Row, collate
 from vlm.tiles import Tiling, tiled
 from vlm.weights.files import find_folder, read_json
 
-__all__ = ["VLMProcessor", "load_tokenizer", "pictures_in_front", "placeholder_id"]
+__all__ = ["VLMProcessor", "load_tokenizer", "naming", "pictures_in_front", "placeholder_id"]
 
 PLACEHOLDERS = ("<image_placeholder>", "<image>")
 """What tokenizers call the picture token, the first that is there; DeepSeek-VL's has a name of its own."""
@@ -51,12 +52,19 @@ def load_tokenizer(model: ModelSpec) -> PreTrainedTokenizerBase:
         folder = find_folder(place)
     except CheckpointError as problem:
         raise CheckpointError(f"no tokenizer at {place!r}", got=problem.got, cure=cure) from problem
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"no tokenizer in {folder}: {problem}", cure=cure) from problem
+    tokenizer = _read_tokenizer(folder, cure)
     placeholder_id(tokenizer)
     return tokenizer
+
+
+def _read_tokenizer(folder: Path, cure: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as problem:  # of damaged files nearly every built-in kind, and tokenizers' own, which is a plain Exception
+        for file in (folder / "tokenizer_config.json", folder / "tokenizer.json"):
+            if file.is_file():
+                read_json(file)  # the message of transformers names no file
+        raise CheckpointError(f"no tokenizer in {folder}: {' '.join(str(problem).split()).rstrip('.')}", cure=cure) from problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +112,20 @@ class VLMProcessor:
         """A picture, from wherever, as its encoder reads it."""
         if isinstance(picture, Image.Image):
             picture = held(picture, where or "picture given as an image")
-        image = open_picture(_bytes(picture, where), where=where, official=self.official_pictures)
-        size = image.size
         encoder = self.model.encoder
-        image = apply_policy(self.policy, image, mean=getattr(encoder, "mean", None), size=getattr(encoder, "size", None), official=self.official_pictures)
-        cut, layout = self._plan(*size, mode)
-        views = encoder.preprocess(image, mode) if cut is None else tiled(encoder, image, cut, mode)
+        with naming(picture, where):
+            image = open_picture(_bytes(picture, where), where=where, official=self.official_pictures)
+            size = image.size
+            image = apply_policy(self.policy, image, mean=getattr(encoder, "mean", None), size=getattr(encoder, "size", None), official=self.official_pictures)
+            cut, layout = self._plan(*size, mode)
+            views = encoder.preprocess(image, mode) if cut is None else tiled(encoder, image, cut, mode)
         return ImageInput(views, *size, layout, cut)
 
     def sketch(self, picture: Picture, mode: Mode = "infer", where: str = "") -> ImageInput:
         """A picture without pixels: its size, from the file's header, and its layout. Where all pictures have one layout nothing is opened, and the size is the encoder's own."""
-        size = self._every_picture or upright_size(_bytes(picture, where), where=where)
-        return ImageInput({}, *size, self.layout(*size, mode))
+        with naming(picture, where):
+            size = self._every_picture or upright_size(_bytes(picture, where), where=where)
+            return ImageInput({}, *size, self.layout(*size, mode))
 
     def _plan(self, width: int, height: int, mode: Mode) -> tuple[Cut | None, TokenLayout]:
         """How a picture of this size is cut, None where it is read whole, and its tokens behind all connectors."""
@@ -296,7 +306,7 @@ class VLMProcessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "VLMProcessor":
-        """Of a folder that `save_pretrained` and the model's `save_pretrained` wrote."""
+        """Of a folder that `save_pretrained` and the model's `save_pretrained` wrote. Raises CheckpointError."""
         from vlm.configuration import VLMConfig
 
         folder = Path(folder)
@@ -304,11 +314,14 @@ class VLMProcessor:
         if not file.is_file():
             raise CheckpointError(f"{folder} holds no processor", expected="vlm_processor.json", cure="give the folder of a run, a stage or an export")
         settings = read_json(file)
-        config = VLMConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        policy = settings["policy"]
-        tiling = Tiling.of(policy["tiling"]) if "tiling" in policy else None
-        return cls(config.spec(), config.text_config.hidden_size, tokenizer, PromptSpec(**settings["prompt"]), policy["use"], policy["official"], tiling)
+        try:
+            prompt, policy = PromptSpec(**settings["prompt"]), settings["policy"]
+            pictures = policy["use"], policy["official"], Tiling.of(policy["tiling"]) if "tiling" in policy else None
+        except (KeyError, TypeError) as problem:
+            raise CheckpointError(f"{file} is damaged: {problem!r}", expected="`prompt` and `policy`, as vlm writes them", cure="fetch it again") from problem
+        config = VLMConfig.read(folder)
+        tokenizer = _read_tokenizer(folder, "fetch tokenizer.json and tokenizer_config.json again")
+        return cls(config.spec(), config.text_config.hidden_size, tokenizer, prompt, *pictures)
 
 
 def _where(sample: Sample) -> str:
@@ -325,6 +338,18 @@ def pictures_in_front(question: Turn) -> tuple[str | Picture, ...]:
     return shared
 
 
+@contextmanager
+def naming(picture: Picture | Image.Image | bytes | str | Path, where: str) -> Iterator[None]:
+    """Errors of a picture say whose it is: `where` first and its name behind the fault, so that faults of one kind begin alike."""
+    try:
+        yield
+    except DataError as problem:
+        name = picture.name if isinstance(picture, Picture) else str(picture) if isinstance(picture, str | Path) else ""
+        what = problem.what if problem.what.startswith(where) else f"{where}: {problem.what}"
+        got = ("" if name in what else name, "" if problem.got is None else str(problem.got))
+        raise problem.changed(what=what, got=", ".join(filter(None, got)) or None) from problem
+
+
 def _bytes(picture: Picture | bytes | str | Path, where: str) -> bytes:
     if isinstance(picture, bytes):
         return picture
@@ -332,11 +357,11 @@ def _bytes(picture: Picture | bytes | str | Path, where: str) -> bytes:
     try:
         size = source.length()
         if size > LIMITS.max_bytes:
-            raise too_large(f"{where or 'picture'}: picture {source.path}", f"{size:,} bytes")
+            raise too_large(f"{where or 'picture'}: picture {source.name}", f"{size:,} bytes")
         return source.read()
     except OSError as problem:
         raise DataError(
-            f"{where or 'picture'}: cannot read picture {source.path}",
+            f"{where or 'picture'}: cannot read picture {source.name}",
             kind="missing picture",
             got=problem.strerror or str(problem),
             cure="check the path and the source's `images` folder",

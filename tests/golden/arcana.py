@@ -14,7 +14,7 @@ from vlm.prompt_official import IGNORE, IMAGE, TEMPLATES, collate, prompt_ids, p
 __all__ = ["IDLE", "image", "prompt", "tolerance_names"]
 
 
-IDLE = frozenset({"projection_dim", "initializer_range", "max_position_embeddings"})
+IDLE = frozenset({"projection_dim", "initializer_range", "max_position_embeddings", "attention_dropout", "lora_dropout"})
 """Fields of the towers' and decoders' configurations without effect."""
 
 

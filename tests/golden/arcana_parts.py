@@ -1,4 +1,7 @@
-"""Cases of Arcana's QLadder and of MM-LoRA in a linear, an attention and a decoder layer (systems/arcana.md, section 8)."""
+"""Cases of Arcana's QLadder and of MM-LoRA in a linear, an attention and a decoder layer (systems/arcana.md, section 8).
+
+They stand for evaluation: no part drops anything, whatever its configuration says and whichever mode it is in.
+"""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -26,7 +29,7 @@ TOWER = "model.vision_tower.vision_tower."
 
 
 def clip_spec(config: Fields) -> CLIPSpec:
-    return CLIPSpec(config=dict(config["vision_config"]), weights="random")
+    return CLIPSpec(config={**config["vision_config"], "attention_dropout": 0.0}, weights="random")
 
 
 def ladder_spec(config: Fields) -> QLadderSpec:
@@ -38,17 +41,17 @@ def mm_lora_spec(config: Fields) -> MMLoRASpec:
     return MMLoRASpec(
         rank={"vision": config["rank_visual"], "language": config["rank_language"]},
         scale={"vision": float(config["scaling_visual"]), "language": float(config["scaling_language"])},
-        dropout=config.get("lora_dropout", 0.0),
+        dropout=0.0,
     )
 
 
 def text(config: Fields) -> Any:
-    return decoder_config({"model_type": "llama", "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config["llm_config"]})
+    return decoder_config({"model_type": "llama", "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **config["llm_config"], "attention_dropout": 0.0})
 
 
 def pictures(pixels: Tensor) -> list[ImageInput]:
-    """(n, 3, H, W), normalised."""
-    return [ImageInput({"pixels": one}, 0, 0, TokenLayout(())) for one in pixels]
+    """(n, 3, H, W), or (m, k, 3, H, W) where k stand for each placeholder; normalised."""
+    return [ImageInput({"pixels": one}, 0, 0, TokenLayout(())) for one in pixels.flatten(0, -4)]
 
 
 # ---- QLadder -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from vlm.letterbox import fit_square, inner_size
 from vlm.weights.deepseek_keys import from_official, to_official
 from vlm.weights.strict import load_tensors
 
-__all__ = ["IDLE", "aligner", "connector_spec", "hybrid", "hybrid_spec", "pixels", "sam", "siglip", "siglip_spec"]
+__all__ = ["IDLE", "aligner", "connector_spec", "hybrid", "hybrid_spec", "ignored", "pixels", "sam", "siglip", "siglip_spec"]
 
 IDLE = frozenset({"select_feature", "output_dim", "ckpt_path", "use_checkpoint", "global_pool", "model_type"})
 """Fields of the towers' configurations without effect (section 8)."""
@@ -34,7 +34,6 @@ IDLE = frozenset({"select_feature", "output_dim", "ckpt_path", "use_checkpoint",
 def sam(case: Case) -> dict[str, Any]:
     """An `ImageEncoderViT`: blocks, necks, output and gradients."""
     config = case.config
-    config.expect(qkv_bias=True, use_rel_pos=True)
     width = config["embed_dim"]
     spec = SAMSpec(
         config={
@@ -47,6 +46,8 @@ def sam(case: Case) -> dict[str, Any]:
             "output_channels": config["out_chans"],
             "window_size": config["window_size"],
             "global_attn_indexes": list(config["global_attn_indexes"]),
+            "qkv_bias": config["qkv_bias"],
+            "use_rel_pos": config["use_rel_pos"],
             "use_abs_pos": config.get("use_abs_pos", True),
         },
         downsample_channels=tuple(config["downsample_channels"]),
@@ -154,7 +155,7 @@ def statistics(params: Fields) -> dict[str, Any]:
 def hybrid_spec(params: Fields, config: Fields) -> HybridSpec:
     interpolate = config.get("interpolate_size", (96, 96))
     high = sam_spec(params["high_res_cfg"], config["SAM_MODEL_CONFIG"], None if interpolate is None else tuple(interpolate))
-    return HybridSpec(high=high, low=siglip_spec(params["low_res_cfg"], config["SigLIP_MODEL_CONFIG"]), concat=params["concat_type"])
+    return HybridSpec(high=high, low=siglip_spec(params["low_res_cfg"], config["SigLIP_MODEL_CONFIG"]), concat=params.get("concat_type", "tuple"))
 
 
 # ---- aligners ------------------------------------------------------------------------------------------------------------
@@ -184,9 +185,9 @@ def connector_spec(config: Fields) -> ConnectorSpec:
     depth = config.get("depth", 1)
     match config["projector_type"]:
         case "identity":
-            return IdentitySpec()
+            return IdentitySpec(level="final")
         case "linear":
-            return LinearSpec()
+            return LinearSpec(level="final")
         case "mlp_gelu":
             return MLPSpec(depth=depth, level="final")
         case "low_high_hybrid_split_mlp_gelu":

@@ -1,6 +1,7 @@
 """DeepSeek-VL's conversations: text, ids, labels and the left-padded batch (systems/deepseek_vl.md, sections 3.3 to 3.5)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,46 +9,64 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.golden.case import Case
+from tests.golden.dsvl import ignored
 from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.data.sample import Picture, Sample, Turn, held
-from vlm.encoders.siglip import SigLIPSpec
+from vlm.encoders.base import FixedSizeSpec, Mode
+from vlm.features import Layouts, TokenLayout
 from vlm.processor import VLMProcessor, collate
-from vlm.prompt import TEMPLATES, PromptSpec
+from vlm.prompt import PromptSpec
 
 __all__ = ["chat"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tower(FixedSizeSpec):
+    """Gives `count` tokens of every picture."""
+
+    count: int
+
+    def layout(self, width: int, height: int, mode: Mode) -> Layouts:
+        return {"image": TokenLayout.grid(1, self.count)}
 
 
 def chat(case: Case) -> dict[str, Any]:
     """Through the processor, beside a tower that gives the case's tokens per picture."""
     config = case.config
-    config.expect(sft_format="deepseek", add_special_token=False, ignore_id=-100, system_prompt=TEMPLATES["deepseek_vl"].system)
+    config.expect(sft_format="deepseek", add_special_token=False)
+    ignored(config, "ignore_id", "mask_prompt")
     names = {name: config[name] for name in ("bos_token", "eos_token", "pad_token")}
     tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(case.folder / "tokenizer.json"), **names)
-    tag, count = config["image_tag"], config["num_image_tokens"]
-    rows, columns = next((rows, count // rows) for rows in range(int(count**0.5), 0, -1) if count % rows == 0)
-    assert rows == columns, "the tower of this case is square"
-    tower = SigLIPSpec(config=tiny.tower_config("siglip", image_size=14 * rows), weights="random")
-    processor = VLMProcessor(ModelSpec(encoder=tower, connector=MLPSpec(), llm=LLMSpec()), 32, tokenizer, PromptSpec(use="deepseek_vl"))
+    tag, count, prompt = config["image_tag"], config["num_image_tokens"], PromptSpec(use="deepseek_vl", system=config["system_prompt"])
+    processor = VLMProcessor(ModelSpec(encoder=_Tower(count=count), connector=MLPSpec(), llm=LLMSpec()), 32, tokenizer, prompt)
     samples, encoded = [], []
     for number, messages in enumerate(case.inputs["conversations"]):
-        generate = not messages[-1]["content"]
-        turns = [_turn(message, tag) for message in (messages[:-1] if generate else messages)]
-        row = processor.row(Sample(str(number), tuple(turns)), mode="infer", generate=generate)
+        generate = messages[-1]["role"] == "Assistant" and not messages[-1]["content"].strip()
+        said = messages[:-1] if generate else messages
+        row = processor.row(Sample(str(number), tuple(_turn(message, tag) for message in said)), mode="infer", generate=generate)
         encoded.append(row)
-        unexpanded = [index for place, index in enumerate(row.ids) if row.pictures[place] < 0 or row.pictures[place] != (row.pictures[place - 1] if place else -1)]
-        text = tokenizer.decode(unexpanded, skip_special_tokens=False).removeprefix(names["bos_token"])
+        text = _text(processor, said, generate)
         samples.append({"sft_format": text, "input_ids": row.ids, "num_image_tokens": [image.layout.count for image in row.images], "labels": row.labels})
     batch = collate(encoded, pad_id=processor.pad_id, left=True)
     return {"samples": samples, **_ids(processor), **_masks(batch, encoded, count)}
 
 
+def _text(processor: VLMProcessor, messages: list[Mapping[str, Any]], generate: bool) -> str:
+    """By the prompt's template; ids do not give it back where the tokenizer lacks characters."""
+    system = [{"role": "system", "content": processor.prompt.spec.system}]
+    talk = [{"role": message["role"].lower(), "content": message["content"]} for message in messages]
+    tokenizer: Any = processor.tokenizer
+    text = tokenizer.apply_chat_template(system + talk, chat_template=processor.prompt.template.chat, tokenize=False, add_generation_prompt=generate)
+    return text.removeprefix(tokenizer.bos_token)
+
+
 def _turn(message: Mapping[str, Any], tag: str) -> Turn:
-    role = message["role"].lower()
+    role, content = message["role"].lower(), message["content"]
     parts: list[str | Picture] = []
-    for place, text in enumerate(message["content"].split(tag)):
+    for place, text in enumerate(content.split(tag)):
         parts += [*([held(tiny.picture_bytes(tiny.picture()))] if place else []), text]
-    return Turn(role, tuple(parts), supervised=role == "assistant")
+    return Turn(role, tuple(parts), supervised=role == "assistant" and bool(content.strip()))
 
 
 def _ids(processor: VLMProcessor) -> dict[str, int]:
@@ -57,7 +76,7 @@ def _ids(processor: VLMProcessor) -> dict[str, int]:
 
 def _masks(batch: Mapping[str, Any], rows: list[Any], count: int) -> dict[str, torch.Tensor]:
     seen = torch.tensor([len(row.images) for row in rows])
-    places = torch.arange(int(seen.max()))[None, :, None] < seen[:, None, None]
+    places = torch.arange(max(1, int(seen.max())))[None, :, None] < seen[:, None, None]
     return {
         "input_ids": batch["input_ids"],
         "labels": batch["labels"],

@@ -148,6 +148,16 @@ def test_more_than_plain_lora_is_refused_by_name(settings: Mapping[str, Any], sa
         LoRASpec(path=str(adapter))
 
 
+@pytest.mark.parametrize("rank", [None, "x"])
+def test_an_adapter_without_its_rank_is_refused(rank: str | None, tmp_path: Path) -> None:
+    _, adapter = theirs(tmp_path)
+    file = adapter / "adapter_config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, "r": rank}))
+    with pytest.raises(ConfigurationError, match=rf"adapter_config\.json is damaged\. got r {rank!r}, lora_alpha"):
+        LoRASpec(path=str(adapter))
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     _, adapter = theirs(tmp_path)
     with pytest.raises(CheckpointError, match=r"adapter .* does not fit.*lora_A\.weight \(3, 32\) for \(3, 64\)"):

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,10 +216,17 @@ def test_values_that_would_be_ignored_or_break_later_are_problems(root: Path, ov
     assert told.replace(" is out", ": is out") in str(only(check(compose(root, override))))
 
 
-@pytest.mark.parametrize("override", ["name=..", "name=''", "name=a/b", "stages.a/b={base: instruct}"])
-def test_a_name_that_leads_out_of_the_runs_folder_is_refused(root: Path, override: str) -> None:
-    with pytest.raises(ConfigurationError, match="is not the name of a folder. expected a name without slashes"):
-        compose(root, override)
+@pytest.mark.parametrize("name", ["..", ".", "", "a/b"])
+def test_a_name_that_leads_out_of_the_runs_folder_is_refused(whole: Path, name: str) -> None:
+    run = compose(whole)
+    with pytest.raises(ConfigurationError, match="the name .* is not the name of a folder. expected a name without slashes"):
+        compose(whole, f"name='{name}'")
+    with pytest.raises(ConfigurationError, match="the stage .* is not the name of a folder"):
+        replace(run, stages={name: run.stages["align"]})
+
+
+def test_runs_that_are_no_folder_are_a_problem(whole: Path) -> None:
+    assert "runs: " in (problem := str(only(check(compose(whole, f"runs={whole / 'align.json'}"))))) and f"got the file {whole / 'align.json'}" in problem
 
 
 def test_flash_attention_wants_bf16_and_a_family_that_is_proven(root: Path) -> None:

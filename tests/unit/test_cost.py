@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+from PIL import Image
 from tiny_run import compose, only, register
 from tokenizers import processors
 
@@ -45,6 +46,14 @@ def test_pictures_that_are_not_there_or_damaged_are_named_by_sample(root: Path) 
     assert f"got {root / 'img' / '4.png'}" in texts[0]
     assert "check the path" in texts[0]
     assert "align.json, sample 8: the picture is truncated or corrupt" in texts[1]
+
+
+def test_a_strip_that_cannot_be_padded_is_found_in_its_header(root: Path) -> None:
+    Image.new("1", (1, 60000)).save(root / "img" / "5.png")
+    run = ("stages.align=null", "stages.instruct.data=captions", "stages.instruct.images=pad", "eval.heldout=null")
+    problem = str(only(check(compose(root, *run))))
+    assert f"align.json, sample 5: the picture is too thin for its length. got {root / 'img' / '5.png'}, 1 x 60000" in problem
+    assert check(compose(root, *run, "data.captions.on_bad=skip")).ok
 
 
 def test_five_of_a_kind_are_named_and_the_others_counted(root: Path) -> None:

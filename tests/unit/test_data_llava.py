@@ -138,8 +138,8 @@ RECORD = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "va
         (json.dumps(RECORD, indent=1), r"one object instead of a list.*put it into \[ \]"),
         (json.dumps({"größe": 1, "daten": [RECORD]}, indent=1, ensure_ascii=False), "one object around a list.*under the key 'daten'.*that list alone"),
         (json.dumps({"data": [RECORD]}), "under the key 'data'"),
-        (" [ ]\n", "holds no samples. got an empty list"),
-        ("", "holds no samples. got an empty file"),
+        (" [ ]\n", "holds no samples. got no records"),
+        ("", "holds no samples. got no records"),
         ("\n<!DOCTYPE html>\n<html><body>Log in</body></html>", "a page of HTML, not JSON. got <!DOCTYPE html>;.*fetch the data file itself"),
     ],
 )
@@ -167,6 +167,26 @@ def test_pickled_reader_is_small_and_reads_the_same(tmp_path: Path):
     assert list(pickle.loads(packed)) == list(reader)
     assert reader[-1] == reader[49]
     assert reader.file_hash() == hashlib.sha256((tmp_path / "train.json").read_bytes()).hexdigest()
+
+
+def test_numbered_parts_are_one_source(tmp_path: Path):
+    """Every file keeps its own numbers in messages; ids of records without one go on."""
+    record = talk(("human", "q"), ("gpt", "a"))
+    for part, lines in (("00", [record, record]), ("01", []), ("02", [record, {}])):
+        write(tmp_path / f"train-00{part}.jsonl", lines, lines=True)
+    reader = LlavaSource(file=f"{tmp_path}/train-????.jsonl").open()
+    assert len(reader) == 4 and reader.warnings == (f"1 of 3 files without records: {tmp_path}/train-0001.jsonl",)
+    assert [(reader[index].id, reader[index].where) for index in range(3)] == [
+        ("0", f"{tmp_path}/train-0000.jsonl, sample 0 (line 1)"),
+        ("1", f"{tmp_path}/train-0000.jsonl, sample 1 (line 2)"),
+        ("2", f"{tmp_path}/train-0002.jsonl, sample 0 (line 1)"),
+    ]
+    assert "train-0002.jsonl, sample 1 (line 2): no turns" in refusal(reader, 3)
+    before = reader.file_hash()
+    write(tmp_path / "train-0002.jsonl", [record], lines=True)
+    assert "train-0002.jsonl was changed" in refusal(reader, 2) and reader[0].id == "0" and LlavaSource(file=reader.source.file).open().file_hash() != before
+    with pytest.raises(DataError, match=r"the data file .*other-\?\.json cannot be read"):
+        LlavaSource(file=f"{tmp_path}/other-?.json").open()
 
 
 def test_changed_file_is_noticed(tmp_path: Path):

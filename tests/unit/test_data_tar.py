@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from archives import CONTENT, STREAM, both, captioned, opened, plain, refusal, said, tar, text
+from conversations import processor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.data import readers
@@ -125,6 +126,13 @@ def test_bad_records_are_named_with_shard_and_key(tmp_path: Path, content: bytes
         record_of(tmp_path, content, "jpg")
     assert fact in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path / 'a.tar'}, sample x/k: ")
+
+
+@STREAM
+def test_a_picture_is_named_by_its_shard_and_member(tmp_path: Path, stream: bool):
+    reader = opened(tar(tmp_path / "a.tar", *captioned(7)), stream=stream)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/a.tar, sample p7: the file is not a picture. got {tmp_path}/a.tar, p7.jpg, a file that"):
+        processor("plain").row(reader[0])
 
 
 def test_bad_samples_are_left_out_and_listed(tmp_path: Path):

@@ -186,6 +186,8 @@ def test_a_block_has_the_sizes_it_names(spec: EncoderSpec, encoder: Encoder) -> 
 def test_numbers_that_transformers_refuses(name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"(?s)does not accept the encoder's config.*hidden_size.*encoder\.config"):
         encoders.registry.get(name)(config={"hidden_size": "wide"}, weights="random")
+    with pytest.raises(ConfigurationError, match=rf"encoder {name} needs at least one block. got num_hidden_layers 0"):
+        encoders.registry.get(name)(config={"num_hidden_layers": 0}, weights="random")
 
 
 # ---- inside a VLM ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import yaml
 from vlm.composition import compose, resolved
 from vlm.data.convert import convert_data
 from vlm.data.sample import Picture, Sample, Turn
-from vlm.errors import CheckpointError, ConfigurationError
+from vlm.errors import CheckpointError, ConfigurationError, DataError
 from vlm.eval import run as runs
 from vlm.eval.blind import TrainingAnswers, grey, masked
 from vlm.eval.run import evaluate, protocol
@@ -259,6 +259,13 @@ def test_another_configurations_sources_are_scored(run: Path, root: Path) -> Non
     assert evaluate(run, run=asked, limit=1, max_new_tokens=1)["pictures"]["mean"]["n"] == 1
     with pytest.raises(ConfigurationError, match="without slashes"):
         evaluate(run, run=replace(asked, eval={"files/pictures": "captions"}))
+
+
+def test_a_picture_that_is_missing_is_told_before_the_model_is_loaded(run: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llava(tmp_path / "held.json", ("img/0.png", "Colour?", "red", "colour"), ("img/none.png", "Colour?", "red", "colour"))
+    monkeypatch.setattr(runs, "load", pytest.fail)
+    with pytest.raises(DataError, match=r"held\.json, sample 1: the picture .*none\.png is not there"):
+        evaluate(run, file=tmp_path / "held.json", images=root)
 
 
 def test_what_cannot_be_evaluated_is_said(run: Path, root: Path, tmp_path: Path) -> None:

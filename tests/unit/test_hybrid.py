@@ -251,6 +251,12 @@ def test_official_names_come_back() -> None:
     assert dict(from_official([("vision_tower_low.vision_tower.new", torch.ones(1))], dropped)).keys() == {"vision_tower_low.vision_tower.new"}
 
 
+def test_a_sam_with_positions_takes_one_size() -> None:
+    tower = made().high
+    with pytest.raises(ConfigurationError, match=r"positions for one size.*got 3 x 8 patches; expected 4 x 4"):
+        tower(torch.zeros(1, 3, 24, 64))
+
+
 def test_a_sam_without_a_global_block_is_refused() -> None:
     numbers = {**sam_of().numbers(), "global_attn_indexes": []}
     with pytest.raises(ConfigurationError, match="no global block"):

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from PIL.PngImagePlugin import PngInfo
 
+from vlm.data.sample import held
 from vlm.errors import DataError, EnvironmentProblem
 from vlm.images import Limits, open_picture, upright_size
 
@@ -105,6 +107,18 @@ def test_unknown_orientation_is_none(orientation: int) -> None:
     assert open_picture(encoded(noise(), "JPEG", exif=exif)).size == (40, 24)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_an_orientation_in_xmp_alone_counts_for_nothing(kind: str) -> None:
+    """Viewers do not look there; Pillow does, but not for the size that it declares of a TIFF."""
+    words = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", words)
+    options: dict[str, Any] = {"TIFF": {"tiffinfo": {700: words.encode()}}, "PNG": {"pnginfo": text}}.get(kind, {"xmp": words.encode()})
+    data = encoded(noise(), kind, **options)
+    shown = held(Image.open(io.BytesIO(data))).read() if kind != "TIFF" else data  # a TIFF in memory was turned by Pillow
+    assert open_picture(data).size == upright_size(data) == open_picture(shown).size == (40, 24)
+
+
 # Modes
 
 
@@ -136,17 +150,40 @@ def test_transparent_colour_lies_on_white(mode: str) -> None:
     assert pixels(data, official=True)[0, 0].tolist() != [255] * 3
 
 
+def test_transparent_values_of_other_depths_lie_on_white() -> None:
+    """A PNG says them in its own bits, Pillow gives 8."""
+
+    def shown(depth: int, color: int, row: bytes, key: tuple[int, ...], width: int) -> list[Any]:
+        data = png(width, 1, chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)), chunk(b"IDAT", zlib.compress(b"\0" + row)), chunk(b"IEND", b""), depth=depth, color=color)
+        return pixels(data)[0].tolist()
+
+    grey = lambda *values: [[value] * 3 for value in values]  # noqa: E731
+    assert shown(4, 0, b"\x03", (3,), 2) == grey(0, 255)
+    assert shown(2, 0, b"\x1b", (1,), 4) == grey(0, 255, 170, 255)
+    assert shown(1, 0, b"\x0f", (0,), 8) == grey(*[255] * 8)
+    assert shown(16, 2, struct.pack(">6H", 1000, 1000, 1000, 65535, 0, 0), (1000, 1000, 1000), 2) == [[255, 255, 255], [255, 0, 0]]
+    assert shown(16, 0, struct.pack(">2H", 1000, 5140), (1000,), 2) == grey(255, 20)
+
+
 RAMP = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(3, 0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-@pytest.mark.parametrize("official", [False, True])
-def test_16_bit_grey_is_divided_by_257(kind: str, official: bool) -> None:
-    got = pixels(encoded(Image.fromarray(RAMP), kind), official=official)
+def test_16_bit_grey_is_divided_by_257(kind: str) -> None:
+    got = pixels(encoded(Image.fromarray(RAMP), kind))
     assert np.abs(got[:, :, 0].astype(int) - RAMP / 257).max() <= 0.5
     assert len(np.unique(got)) == 64
     dark = pixels(encoded(Image.fromarray(RAMP // 16), kind))
     assert dark.max() == 16, "the brightest value of a picture is not white"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_official_colours_are_those_of_pillow(kind: str) -> None:
+    """16 bits, of which Pillow shows all above 255 as white."""
+    data = encoded(Image.fromarray(RAMP // 128), kind)
+    got = pixels(data, official=True)
+    assert np.array_equal(got, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    assert got[0, :, 0].tolist() == (RAMP[0] // 128).clip(max=255).tolist()
 
 
 def tiff(order: str, bits: int, strip: bytes) -> bytes:

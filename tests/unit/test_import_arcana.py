@@ -200,6 +200,11 @@ def test_strict_keys_and_settings(tmp_path: Path) -> None:
 
     refused("unknown", CheckpointError, r"1 unexpected \(model.vision_tower.vision_tower.gate\)", {f"{TOWER}gate": torch.ones(1)})
     refused("ladder", CheckpointError, r"1 missing \(.*LadderAdapters.1.layer_norm0.bias\)", {f"{TOWER}LadderAdapters.1.layer_norm0.bias": None})
+    ladder = {number: {name: None for name in official() if f"LadderAdapters.{number}." in name} for number in range(3)}
+    refused("more", CheckpointError, r"got 1 unexpected \(.*LadderAdapters.3.layer_norm0.bias\); expected", {f"{TOWER}LadderAdapters.3.layer_norm0.bias": torch.ones(16)})
+    refused("first", CheckpointError, r"got 18 missing \(.*LadderAdapters.0.cross_attn.*\); expected", ladder[0])
+    refused("read", CheckpointError, r"got 18 missing \(.*LadderAdapters.1.cross_attn.*\); expected", {**ladder[1], **ladder[2]})
+    refused("level", ConfigurationError, r'got mm_vision_select_layer 3; expected -3 to 2. set mm_vision_select_layer, or "qladder_select": "last"', mm_vision_select_layer=3)
     refused("rank", CheckpointError, r"1 mis-shaped \(model.layers.1.mlp.up_proj.V_Slora_A.weight", {"model.layers.1.mlp.up_proj.V_Slora_A.weight": torch.ones(2, 32)})
     refused("biased", CheckpointError, r"1 unexpected \(model.layers.0.mlp.up_proj.bias\)", {"model.layers.0.mlp.up_proj.bias": torch.ones(48)})
     refused("queries", CheckpointError, "holds no model.vision_tower.vision_tower.qladder_embeds", {f"{TOWER}qladder_embeds": None})

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,8 +33,11 @@ from vlm.letterbox import fit_square
 from vlm.llm.decoder import decoder_config
 from vlm.loading import build
 from vlm.model import VLM
+from vlm.processor import VLMProcessor
+from vlm.prompt import PromptSpec
+from vlm.tiles import Tiling
 from vlm.weights import deepseek_official, deepseek_read
-from vlm.weights.deepseek import HYBRID
+from vlm.weights.deepseek import HYBRID, picture_rule
 from vlm.weights.deepseek_keys import model_to_official
 from vlm.weights.export import export_run
 from vlm.weights.imports import import_model, read_model
@@ -180,6 +184,113 @@ def test_strict_keys_and_settings(tmp_path: Path) -> None:
     (tmp_path / "settings" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(CheckpointError, match="is no DeepSeek-VL.*'llama'"):
         deepseek_read.read(tmp_path / "settings")
+
+
+def told(folder: Path, *path: str, **fields: Any) -> Path:
+    """A folder of config.json alone, with other fields at one place; ... takes one away."""
+    config: Any = deepcopy(official_config())
+    place = config
+    for key in path:
+        place = place[key]
+    for name, value in fields.items():
+        place.pop(name) if value is ... else place.update({name: value})
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+PARAMS = ("vision_config", "params")
+
+
+@pytest.mark.parametrize(
+    "path, fields, message",
+    [
+        (("SAM_MODEL_CONFIG", "sam_tiny"), {"global_attn_indexes": ...}, r"SAM_MODEL_CONFIG.sam_tiny.global_attn_indexes: is missing"),
+        (("SigLIP_MODEL_CONFIG", "siglip_tiny"), {"patch_size": ..., "width": "w"}, r"siglip_tiny.width: .*got 'w' \(str\); expected int; .*siglip_tiny.patch_size: is missing"),
+        (("SigLIP_MODEL_CONFIG", "siglip_tiny"), {"heads": 3}, r"siglip_tiny: the heads .* got width 16, 3 heads"),
+        (("vision_config",), {"params": ...}, r"vision_config.params: .*got null; expected a mapping"),
+        (PARAMS, {"high_res_cfg": ...}, r"vision_config.params.high_res_cfg: .*got null; expected a mapping"),
+        (PARAMS, {"concat_type": "mean"}, r"concat_type: .*got 'mean'"),
+        ((), {"interpolate_size": [16]}, r"interpolate_size is no size. got \[16\]"),
+        ((), {"interpolate_size": [12, 12]}, r"needs both streams on one grid"),
+        ((), {"language_config": None}, r"language_config .* got None; expected a mapping"),
+        (("language_config",), {"num_attention_heads": 5}, r"language_config .*hidden size \(32\) is not a multiple of the number of attention heads \(5\)"),
+        (("language_config",), {"num_key_value_heads": 3}, r"num_key_value_heads 3; expected a divisor of num_attention_heads, 4"),
+        (("aligner_config", "params"), {"depth": 0}, r"aligner_config.params.depth is 0, and can be 1 or more"),
+        (("aligner_config", "params"), {"input_dim": 17}, r"aligner_config.params.input_dim is 17, and can be the towers' 16"),
+        ((*PARAMS, "low_res_cfg"), {"select_layer": -4}, r"low_res_cfg.select_layer is -4, and can be -3 or more"),
+        ((*PARAMS, "high_res_cfg"), {"image_size": 0}, r"high_res_cfg.image_size is 0, and can be 8 or more"),
+        ((*PARAMS, "low_res_cfg"), {"model_name": "sam_tiny"}, r"nothing says what tower 'sam_tiny' is"),
+        ((*PARAMS, "high_res_cfg"), {"select_feature": ...}, r"high_res_cfg.select_feature is 'patch', and can be same"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_named(tmp_path: Path, path: tuple[str, ...], fields: dict[str, Any], message: str) -> None:
+    folder = told(tmp_path / "theirs", *path, **fields)
+    with pytest.raises((CheckpointError, ConfigurationError), match=f"^{re.escape(str(folder))} cannot be imported.*{message}"):
+        deepseek_read.read(folder)
+
+
+def test_a_siglip_selects_everything_whatever_is_written(tmp_path: Path) -> None:
+    for feature in ("patch", ...):
+        deepseek_read.program_parts(tmp_path, json.loads((told(tmp_path, *PARAMS, "low_res_cfg", select_feature=feature) / "config.json").read_text()))
+
+
+def test_keys_are_spelt_as_in_the_file(tmp_path: Path) -> None:
+    official_folder(tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(file)
+    qkv = "vision_model.vision_tower_low.vision_tower.blocks.0.attn.qkv"
+    tensors |= {"language_model.model.layers.0.extra": torch.ones(1), "aligner.layers.1.bias": torch.ones(31), f"{qkv}.bias": torch.ones(2)}
+    del tensors[f"{qkv}.weight"]
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError) as caught:
+        import_model(str(tmp_path / "theirs"), tmp_path / "out", "deepseek_vl")
+    missing = f"3 missing ({', '.join(f'{qkv}.weight[{part}]' for part in 'kqv')})"
+    misshaped = f"4 mis-shaped (aligner.layers.1.bias (31,) for (32,), {qkv}.bias[q] (1,) for (16,), {qkv}.bias[k] (1,) for (16,), ...)"
+    assert caught.value.got == f"{missing}; 1 unexpected (language_model.model.layers.0.extra); {misshaped}"
+
+
+@pytest.mark.parametrize(
+    "hybrid, changed, refusal",
+    [
+        (True, {"image_mean": None}, "image_mean is None, and can be the tower's"),
+        (True, {"image_mean": ...}, None),
+        (True, {"image_mean": [0.5, 0.5, 0.5]}, "image_mean is .*in whose colour pictures are padded"),
+        (True, {"image_mean": 1}, "its image processor is wrong: image_mean"),
+        (False, {"image_mean": None}, None),
+        (False, {"image_mean": ...}, "image_mean is .*0.48145466"),
+    ],
+)
+def test_the_padding_has_the_colour_of_the_processor(tmp_path: Path, hybrid: bool, changed: dict[str, Any], refusal: str | None) -> None:
+    """The program's own default is CLIP's mean; null is grey, which is the mean of the single tower here."""
+    official_folder(tmp_path / "theirs", hybrid)
+    file = tmp_path / "theirs" / "preprocessor_config.json"
+    file.write_text(json.dumps({name: value for name, value in (json.loads(file.read_text()) | changed).items() if value is not ...}))
+    if refusal is None:
+        deepseek_read.read(tmp_path / "theirs")
+        return
+    with pytest.raises((CheckpointError, ConfigurationError), match=refusal):
+        deepseek_read.read(tmp_path / "theirs")
+
+
+def test_a_processor_that_normalises_brings_the_mean_to_a_tower_that_does_not(tmp_path: Path) -> None:
+    config = official_config(hybrid=False)
+    config["vision_config"]["params"] |= {"pixel_mean": None}
+    official_folder(tmp_path / "theirs", hybrid=False, config=config)
+    file = tmp_path / "theirs" / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_size": 32}))
+    found: Any = deepseek_read.read(tmp_path / "theirs").encoder
+    assert (found.mean, found.std) == (tuple(CLIP["pixel_mean"]), tuple(CLIP["pixel_std"])), "the program's own defaults"
+    file.write_text(json.dumps({"image_size": 32, "image_mean": None}))
+    with pytest.raises(ConfigurationError, match="image_mean or image_std is None"):
+        deepseek_read.read(tmp_path / "theirs")
+
+
+def test_the_other_rule_for_pictures_keeps_how_they_are_cut() -> None:
+    spec = model_of(False, 2).spec
+    processor = VLMProcessor(spec, 32, words(), PromptSpec(use="deepseek_vl"), "anyres", tiling=Tiling(max_tiles=6))
+    changed, _ = picture_rule(processor, official=False)
+    assert changed.model.encoder.official is False and changed.picture_policy == processor.picture_policy
 
 
 @pytest.mark.parametrize("name", ["dsvl_model_hybrid", "dsvl_model_siglip"])

@@ -241,6 +241,30 @@ def test_an_image_processor_of_another_size_is_named(llama: Path, tmp_path: Path
         import_model(str(folder), tmp_path / "ours")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("preprocessor_config.json", {"size": None}, "image processor of .*theirs have another form.* got size None"),
+        ("preprocessor_config.json", {"crop_size": None, "image_mean": 0.5}, "got crop_size None, image_mean 0.5"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, r"generation_config.json: eos_token_id is no id of a token. got '</s>'"),
+    ],
+)
+def test_settings_of_another_form_are_named(name: str, content: dict[str, Any], words: str, llama: Path, tmp_path: Path) -> None:
+    folder = respelt(llama, tmp_path / "theirs", "hf_old")
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=words):
+        import_model(str(folder), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_are_refused(dtype: torch.dtype, llama: Path, tmp_path: Path) -> None:
+    folder = change(
+        respelt(llama, tmp_path / "theirs", "hf_old"), lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items() if "lm_head" in name})
+    )
+    with pytest.raises(CheckpointError, match=f"is quantised.* got 1 tensors of {str(dtype).removeprefix('torch.')}"):
+        import_model(str(folder), tmp_path / "ours")
+
+
 def test_what_is_no_llava(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no LLaVA.*model_type 'bert'"):
         import_model(str(respelt(llama, tmp_path / "theirs", "hf_old", model_type="bert")), tmp_path / "ours")

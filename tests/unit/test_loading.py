@@ -3,10 +3,12 @@
 import json
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import conversations
 import pytest
 import tiny
 import torch
@@ -32,7 +34,7 @@ from vlm.encoders.clip import CLIPSpec
 from vlm.encoders.siglip import SigLIPSpec
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.features import ImageInput, Level
-from vlm.loading import first_model, text_config
+from vlm.loading import first_model, load, text_config
 
 TEXT_TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 8}
 TOWERS = {"clip": CLIPSpec, "siglip": SigLIPSpec}
@@ -275,6 +277,45 @@ def test_a_wrong_path(tmp_path: Path) -> None:
         load_llm(tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no config\.json.*encoder\.config"):
         CLIPSpec(path=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a stage leaves, its weights in shards."""
+    folder = tmp_path_factory.mktemp("whole")
+    processor = conversations.processor()
+    first_model(processor.model, processor.image_token_id).save_pretrained(folder, max_shard_size="60KB")
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["cut", "no object", "empty", "gone"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "vlm_processor.json", "tokenizer.json", "tokenizer_config.json", "model-00002", "model.safetensors.index.json"]
+)
+def test_a_damaged_folder_of_ours_is_no_traceback(whole: Path, tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    (file,) = folder.glob(f"{name}*") if name == "model-00002" else [folder / name]
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        file.write_text("[]" if damage == "no object" else "")
+    if damage == "gone" and name in ("generation_config.json", "tokenizer_config.json"):
+        load(folder)  # nothing needs them
+        return
+    with pytest.raises(CheckpointError, match=f"{file.name}|holds no|no tokenizer in" if damage == "gone" else file.name):
+        load(folder)
+
+
+def test_keys_that_our_files_must_have(whole: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "vlm_processor.json"):
+        shutil.copytree(whole, folder := tmp_path / name)
+        (folder / name).write_text("{}")
+        with pytest.raises(CheckpointError, match=rf"{name} (describes no model of vlm|is damaged: KeyError\('prompt'\))"):
+            load(folder)
 
 
 def test_weights_from_a_path_need_one() -> None:

@@ -21,6 +21,7 @@ from vlm.config import LLMSpec, ModelSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.data.sample import Picture, Sample, Turn
 from vlm.encoders.base import FixedSizeSpec, Mode
+from vlm.encoders.clip import CLIPSpec
 from vlm.errors import CheckpointError, ConfigurationError, DataError
 from vlm.features import Layouts, TokenLayout
 from vlm.generate import prepare
@@ -174,6 +175,23 @@ def test_a_picture_that_does_not_fit(pictures: list[Picture]) -> None:
             match=rf"^train.json, sample 7: one picture takes {count} tokens, which does not fit\. expected less than max_length {count}\. raise max_length, or use an encoder",
         ):
             one.row(sample(user(pictures[3], "\nWhat?"), says("red")), max_length=count, too_long=too_long)
+
+
+def test_what_is_wrong_with_a_picture_says_whose_it_is(tmp_path: Path) -> None:
+    """The record first, so that `on_bad: skip` and a reader of the log find it, and the picture's name behind."""
+    thin, cut = Picture(str(tmp_path / "thin.png")), tmp_path / "cut.png"
+    Image.new("1", (1, 60000)).save(thin.path)
+    cut.write_bytes(Path(thin.path).read_bytes()[:-20])
+    for policy in ("pad", "crop"):
+        one = processor(policy=policy, encoder=CLIPSpec(config=tiny.tower_config(image_size=336), weights="random"))
+        row = sample(user(thin), says("red"))
+        with pytest.raises(DataError, match=rf"^train.json, sample 7: the picture is too thin for its length. got {thin.path}, 1 x 60000, to become") as caught:
+            one.row(row)
+        assert caught.value.kind == "too large"
+        with pytest.raises(DataError, match="the picture is too thin for its length. got 1 x 60000, to become"):
+            one.layout(1, 60000)
+    with pytest.raises(DataError, match=rf"^train.json, sample 7: the picture is truncated or corrupt.* got {cut}\."):
+        processor().row(sample(user(Picture(str(cut))), says("red")))
 
 
 def test_a_row_with_nothing_left_to_learn(pictures: list[Picture]) -> None:

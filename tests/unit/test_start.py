@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import vlm
 from vlm.configuration import VLMConfig
 from vlm.errors import CheckpointError, ConfigurationError
+from vlm.loading import first_model
 from vlm.train.start import check_start, started_model
 from vlm.weights.imports import import_model
 
@@ -90,6 +91,33 @@ def test_every_part_that_differs_is_named_by_check(change: str, words: str, root
     assert [type(problem) for problem in report.problems] == [ConfigurationError]
     with pytest.raises(ConfigurationError, match=rf"start: .* is of another model than the run describes.*{words}"):
         report.stop()
+
+
+def test_layers_that_nothing_reads_are_left_out_and_said_so(root: Path, tmp_path: Path) -> None:
+    def run(start: Path | None = None, **settings: bool) -> Any:
+        ladder = ", ".join(f"{name}: {str(value).lower()}" for name, value in settings.items())
+        return vlm.compose("llava_tiny", f"data_root={root}", f"model.connector={{use: qladder, queries: 2, then: {{use: mlp}}, {ladder}}}", *([f"start={start}"] if start else []))
+
+    tokenizer: Any = tiny.tokenizer()
+    placeholder = tokenizer.convert_tokens_to_ids("<image>")
+    for name, official in (("whole", True), ("trimmed", False)):
+        first_model(run(official=official).model, placeholder, vocabulary=len(tokenizer)).save_pretrained(tmp_path / name)
+    whole, trimmed = tmp_path / "whole", tmp_path / "trimmed"
+    report = vlm.check(run(whole))
+    assert not report.problems
+    assert (
+        "start: 18 tensors that nothing reads are left out (connector.qladder.layers.1.fc1.bias, connector.qladder.layers.1.fc1.weight, connector.qladder.layers.1.fc2.bias, ...)"
+        in report.warnings
+    )
+    there, here = (started_model(str(whole), run(official=official).model, placeholder).state_dict() for official in (True, False))
+    assert len(there) == len(here) + 18 and all(torch.equal(there[name], here[name]) for name in here)
+    assert not vlm.check(run(trimmed, official=True, all_layers=False)).problems, "another spelling of the same"
+    with pytest.raises(
+        ConfigurationError, match=r"18 tensors that nothing reads are missing there, such as connector\.qladder\.layers\.1\.fc1\.bias; set model\.connector\.official=false"
+    ):
+        check_start(str(trimmed), run(official=True).model, placeholder)
+    with pytest.raises(ConfigurationError, match=r"set model\.connector\.all_layers=null"):
+        check_start(str(trimmed), run(all_layers=True).model, placeholder)
 
 
 def test_check_names_a_folder_that_is_not_there_and_needs_no_other_weights(root: Path, imported: Path, tmp_path: Path) -> None:

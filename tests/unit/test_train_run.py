@@ -143,14 +143,15 @@ def test_a_changed_checkpoint_is_refused(root: Path, tmp_path: Path, whole: Path
     found = checkpoint.latest(whole / "resume")
     assert found is not None
     fingerprint = json.loads((found / "position.json").read_text())["fingerprint"]
-    victim = next(found.glob("random-0.pt"))
-    before = victim.read_bytes()
-    victim.write_bytes(before[:-1] + b"!")
-    try:
-        with pytest.raises(CheckpointError, match="is not what was saved"):
-            checkpoint.read_position(found, fingerprint)
-    finally:
-        victim.write_bytes(before)
+    for name, junk, said in (("random-0.pt", b"!", "is not what was saved"), ("position.json", b"{", "is damaged: Expecting"), ("position.json", b"{}", "is damaged: KeyError")):
+        victim = found / name
+        before = victim.read_bytes()
+        victim.write_bytes(junk)
+        try:
+            with pytest.raises(CheckpointError, match=rf"{name} {said}.*remove {found.name}; the run then resumes"):
+                checkpoint.read_position(found, fingerprint)
+        finally:
+            victim.write_bytes(before)
 
 
 def test_a_ledger_that_does_not_balance_stops(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

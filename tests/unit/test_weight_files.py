@@ -133,11 +133,11 @@ def test_shards_without_an_index_are_not_put_together(sharded: Path) -> None:
         list(read_tensors(sharded))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
 def test_a_damaged_index_is_named(text: str, sharded: Path) -> None:
     file = sharded / names_in(sharded)[2]
     file.write_text(text)
-    with pytest.raises(CheckpointError, match=f"{file.name}.*weight_map"):
+    with pytest.raises(CheckpointError, match=f"{file.name} (is damaged|has no weight_map)"):
         list(read_tensors(sharded))
 
 

@@ -67,6 +67,10 @@ class ConnectorSpec:
         """What a checkpoint says of it: all but where first weights came from."""
         return replace(self, path=None, then=None if self.then is None else self.then.form())
 
+    def trimmed(self) -> Self:
+        """What computes the same without the parameters that are kept for a checkpoint's sake (`Connector.unused`), in one spelling."""
+        return replace(self, then=None if self.then is None else self.then.trimmed())
+
     def reads(self, link: Link) -> Mapping[str, Sequence[Level]]:
         """Levels by stream that `forward` reads of the encoder (first link only)."""
         return {self.stream_in(link): (self.level,)}

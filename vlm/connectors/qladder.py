@@ -1,8 +1,8 @@
 """QLadder (Arcana, arXiv 2410.13733): learned queries climb beside the tower's blocks; layer i reads the hidden state that block i reads. Their tokens stand behind the patches."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,20 @@ class QLadderSpec(ConnectorSpec):
             return depth
         index = self.level if self.level >= 0 else depth + self.level
         if not 0 <= index < depth:
-            raise ConfigurationError("connector qladder has no layer of this number", got=f"level {self.level}", expected=f"{-depth} to {depth - 1}", cure="set select: last")
+            raise ConfigurationError(
+                "connector qladder has no layer of this number",
+                got=f"level {self.level}",
+                expected=f"{-depth} to {depth - 1}",
+                cure="set connector.level, or connector.select: last",
+            )
         return index + 1
 
     def built(self, depth: int) -> int:
         """How many layers there are."""
         return depth if (self.official if self.all_layers is None else self.all_layers) else self.used(depth)
+
+    def trimmed(self) -> Self:
+        return replace(super().trimmed(), official=False, all_layers=None)
 
     def depth(self, link: Link) -> int:
         """Blocks of the tower. Raises ConfigurationError where there are none to climb beside."""

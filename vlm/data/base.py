@@ -91,7 +91,7 @@ class Reader(Generic[S]):
         self.bad = tuple(left_out)
         if not len(self):
             got = f"{len(left_out)} bad {self.records}, the first: {left_out[0]}" if left_out else empty
-            raise DataError(f"{self.source.file} holds no samples", kind="empty", got=got)
+            raise DataError(f"{self.source.file} holds no samples", kind=left_out[0].kind if left_out else "empty", got=got)
 
     def __len__(self) -> int:
         return len(self._numbers)

@@ -1,10 +1,12 @@
 """Files of JSON records: where each record lies, and random access to them as samples. The readers `llava`, `messages` and `sharegpt` differ only in the forms of records that they take."""
 
+import glob
 import hashlib
 import json
 import os
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from vlm.data.base import Reader, Source
 from vlm.data.pictures import picture_below
 from vlm.data.record import Form, form_of, sample_of
 from vlm.data.sample import Sample
-from vlm.errors import DataError
+from vlm.errors import DataError, listed
 
 __all__ = ["JsonReader", "JsonSource", "parsed"]
 
@@ -29,10 +31,14 @@ PAGE = re.compile(r"<(!doctype\s+html|html)\b", re.IGNORECASE)
 class JsonSource(Source):
     """A file of conversations and the folder of its pictures.
 
-    file: a JSON array or JSON lines, UTF-8; told apart by content. images: the folder that the paths of pictures start from and may not leave; default: the file's own.
+    file: a JSON array or JSON lines, UTF-8, told apart by content; or a glob of such files, read in the order of their names. images: the folder that the paths of pictures start from and may not
+    leave; default: the file's own.
     """
 
     form: ClassVar[Form | None] = None
+
+    def parts(self) -> list[str]:
+        return [self.file] if os.path.exists(self.file) else sorted(glob.glob(self.file)) or [self.file]
 
     def open(self) -> "JsonReader":
         """Finds the records. Raises DataError for a file that is missing, empty, not UTF-8 or not JSON."""
@@ -40,29 +46,43 @@ class JsonSource(Source):
 
 
 class JsonReader(Reader[JsonSource]):
-    """The records of one file. Each read opens it."""
+    """The records of one file, or of several one after the other. Each read opens one."""
 
     def __init__(self, source: JsonSource):
         self.source = source
-        self._picture = picture_below(source.images if source.images is not None else os.path.dirname(source.file) or ".", remote=source.remote)
+        files = source.parts()
+        self._picture = picture_below(source.images if source.images is not None else os.path.dirname(files[0]) or ".", remote=source.remote)
         bad: list[DataError] = []
-        spans, self._stamp = _find_records(source.file, bad if source.on_bad == "skip" else None)
-        self._spans = np.array(spans, dtype=np.int64).reshape(-1, len(_Span._fields))
-        self.keep(len(spans), bad, empty="an empty file")
+        self._parts: list[_Part] = []
+        found: list[np.ndarray] = []
+        for file in files:
+            spans, stamp = _find_records(file, bad if source.on_bad == "skip" else None)
+            before = self._parts[-1] if self._parts else _Part("", (0, 0), 0, 0)
+            self._parts.append(_Part(file, stamp, before.end + len(spans), before.numbers + (spans[-1].number + 1 if spans else 0)))
+            found.append(np.array(spans, dtype=np.int64).reshape(-1, len(_Span._fields)))
+        self._spans = np.concatenate(found)
+        if empty := [part.file for part, spans in zip(self._parts, found, strict=True) if not len(spans)]:
+            self.warnings = (f"{len(empty)} of {len(found)} files without records: {listed(empty)}",)
+        self.keep(len(self._spans), bad, empty="no records")
 
     def file_hash(self) -> str:
-        with open(self.source.file, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        hashes: list[str] = []
+        for part in self._parts:
+            with open(part.file, "rb") as file:
+                hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
     def sample(self, record: int) -> Sample:
-        span = _Span(*self._spans[record].tolist())
-        with open(self.source.file, "rb") as file:
-            if _stamp(file.fileno()) != self._stamp:
-                raise DataError(f"{self.source.file} was changed after it had been opened", kind="unreadable file", cure="start again; a data file must not change during a run")
+        place = bisect_right(self._parts, record, key=lambda part: part.end)
+        part, span = self._parts[place], _Span(*self._spans[record].tolist())
+        with open(part.file, "rb") as file:
+            if _stamp(file.fileno()) != part.stamp:
+                raise DataError(f"{part.file} was changed after it had been opened", kind="unreadable file", cure="start again; a data file must not change during a run")
             file.seek(span.start)
             text = file.read(span.stop - span.start).decode("utf-8")
-        where = f"{self.source.file}, sample {span.number}" + (f" (line {span.line})" if span.line else "")
-        return sample_of(parsed(text, where), number=span.number, where=where, picture=self._picture, prepend=self.source.missing_placeholder == "prepend", form=self.source.form)
+        where = f"{part.file}, sample {span.number}" + (f" (line {span.line})" if span.line else "")
+        number = span.number + (self._parts[place - 1].numbers if place else 0)
+        return sample_of(parsed(text, where), number=number, where=where, picture=self._picture, prepend=self.source.missing_placeholder == "prepend", form=self.source.form)
 
 
 def parsed(text: str, what: str) -> Any:
@@ -95,6 +115,15 @@ class _Span(NamedTuple):
     line: int
 
 
+class _Part(NamedTuple):
+    """One file: its size and time, the records up to its end, and the numbers that they have taken (lines that are no records have one too)."""
+
+    file: str
+    stamp: tuple[int, int]
+    end: int
+    numbers: int
+
+
 def _stamp(file: int | str) -> tuple[int, int]:
     status = os.stat(file)
     return status.st_size, status.st_mtime_ns
@@ -111,10 +140,7 @@ def _find_records(file: str, bad: list[DataError] | None) -> tuple[list[_Span], 
     text = raw.decode("latin-1")
     begin = _after_space(text, begin)
     if text.startswith("[", begin):
-        spans = list(_array(file, text, begin))
-        if not spans:
-            raise DataError(f"{file} holds no samples", kind="empty", got="an empty list", cure="write the records into it")
-        return spans, stamp
+        return list(_array(file, text, begin)), stamp
     if PAGE.match(text, begin):
         cure = "fetch the data file itself: sites answer with a page where one must log in, or where nothing is there"
         raise DataError(

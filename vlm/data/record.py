@@ -65,6 +65,8 @@ def sample_of(
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: not an object", kind="not JSON", got=type(record).__name__, expected="an object with `conversations` or `messages`")
+    for key in record:
+        check_text(str(key), f"{where}: a key")  # messages list the keys
     _check_refused(record, where)
     found = _form(record, where)
     if form is not None and found != form:
@@ -221,7 +223,7 @@ def _message(row: Any, turn: int, where: str, picture: Callable[[Any, str], Pict
     for part in parts:
         if isinstance(part, str):
             check_text(part, f"{where}: turn {turn}")
-    return _Message(role, parts, _kind(row, where), _learnt(row, role, f"{where}: turn {turn}"))
+    return _Message(role, parts, _kind(row, f"{where}: turn {turn}"), _learnt(row, role, f"{where}: turn {turn}"))
 
 
 def _learnt(row: Mapping[str, Any], role: str, where: str) -> bool:
@@ -351,6 +353,7 @@ def _kind(record: Mapping[str, Any], where: str) -> str | None:
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise DataError(f"{where}: `kind` is not a word", got=repr(kind)[:80])
+    check_text(kind or "", f"{where}: `kind`")
     return kind
 
 

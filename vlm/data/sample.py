@@ -2,7 +2,6 @@
 
 import io
 import os
-import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ class Picture:
     """A picture by reference: a file, `size` bytes of a file from `offset` on (a member of a tar shard), bytes in memory, or an address.
 
     path: the file, or the address; of `data` only what messages call it. data: the encoded bytes themselves, `size` of them. remote: `path` is an http or https address that the user has allowed,
-    fetched at every `read`.
+    fetched at every `read`. member: the name of those bytes in their tar shard.
     """
 
     path: str
@@ -35,6 +34,12 @@ class Picture:
     size: int | None = None
     data: bytes | None = field(default=None, repr=False)
     remote: bool = False
+    member: str = ""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.path}, {self.member}" if self.member else self.path
 
     def length(self) -> int:
         """Bytes that `read` will give, known without reading; 0 for an address, whose `read` holds the limit itself. Raises OSError."""
@@ -68,11 +73,17 @@ def held(source: "bytes | Image.Image", name: str = "picture given as bytes") ->
 
 def _as_file(image: "Image.Image", name: str) -> bytes:
     """The bytes of a file that `open_picture` reads as it would read the one that the image came from."""
+    from PIL import Image
+
+    from vlm.images import exif_orientation
+
     buffer = io.BytesIO()
     try:
         image.load()  # Pillow turns a TIFF while it loads, and only then forgets its orientation
         _check_white(image, name)
-        exif = _upright(image)
+        exif = Image.Exif()
+        if (orientation := exif_orientation(image)) > 1:
+            exif[ORIENTATION] = orientation
         image = _same(image)
         image.save(buffer, FILES[image.mode], compress_level=1, exif=exif)
     except (DataError, MemoryError):
@@ -106,20 +117,6 @@ def _check_white(image: "Image.Image", name: str) -> None:
             expected="16 bits, white the largest",
             cure="give the path or the bytes of the file",
         )
-
-
-def _upright(image: "Image.Image") -> "Image.Exif":
-    """The orientation alone; a block that cannot be read counts as none."""
-    from PIL import Image
-
-    exif = Image.Exif()
-    try:
-        orientation = image.getexif().get(ORIENTATION)
-    except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error, OSError):
-        return exif
-    if orientation in range(2, 9):
-        exif[ORIENTATION] = orientation
-    return exif
 
 
 @dataclass(frozen=True)

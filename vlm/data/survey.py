@@ -18,6 +18,7 @@ from vlm.data.pictures import check_pictures
 from vlm.data.sample import Picture, Sample
 from vlm.errors import DataError
 from vlm.images import open_picture, upright_size
+from vlm.whole import write_whole
 
 __all__ = ["HEADERS", "Problems", "Survey", "survey_source", "write_report"]
 
@@ -165,20 +166,23 @@ def survey_source(source: Source, *, everything: bool = False, decode: bool = Fa
 
 
 def write_report(file: Path, surveys: Mapping[str, Survey]) -> None:
-    """Writes the surveys, by split, as JSON."""
-    file.write_text(json.dumps({split: found.to_json() for split, found in surveys.items()}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    """Writes the surveys, by split, as JSON; folders are made."""
+    write_whole(file, json.dumps({split: found.to_json() for split, found in surveys.items()}, ensure_ascii=False, indent=1) + "\n")
 
 
-def _readers(source: Source, found: Survey) -> Iterator[Reader[Any]]:
-    """The opened source. Where its file is wrong: without its bad records; else its parts that can be opened."""
+def _readers(source: Source, found: Survey, several: bool = False) -> Iterator[Reader[Any]]:
+    """The opened source. Where its file is wrong: without its bad records; else its parts that can be opened. several: it is one of those parts, and may be empty."""
     try:
         yield source.open()
         return
     except DataError as error:
         problem = error
+    if several and problem.kind == "empty":
+        found.warnings.append(str(problem))
+        return
     if len(parts := _parts(source)) > 1:
         for part in parts:
-            yield from _readers(replace(source, file=part), found)
+            yield from _readers(replace(source, file=part), found, several=True)
         return
     try:
         yield replace(source, on_bad="skip").open()
@@ -214,14 +218,14 @@ def _header(picture: Picture, where: str, decode: bool) -> tuple[tuple[int, int]
     try:
         if decode:
             source = picture.read()
-            size = open_picture(source, where=f"{where}, {picture.path}").size
+            size = open_picture(source, where=f"{where}, {picture.name}").size
         else:
             source = picture.path if picture.data is None and picture.size is None and not picture.remote else picture.read()
-            size = upright_size(source, where=f"{where}, {picture.path}")
+            size = upright_size(source, where=f"{where}, {picture.name}")
         with Image.open(source if isinstance(source, str) else io.BytesIO(source)) as image:
             return size, image.mode, picture.length()
     except OSError as error:
-        raise DataError(f"{where}: cannot read picture {picture.path}", kind="missing picture", got=error.strerror or error) from error
+        raise DataError(f"{where}: cannot read picture {picture.name}", kind="missing picture", got=error.strerror or error) from error
 
 
 def _counts(counted: Mapping[str, int]) -> str:

@@ -102,12 +102,11 @@ class TarReader(Reader[TarSource]):
         """How members of a shard are read, and become pictures."""
         shard = self.shards[place]
         if not self.source.stream:
-            return shard.member, lambda member: Picture(shard.path, member.offset, member.size)
+            return shard.member, lambda member: Picture(shard.path, member.offset, member.size, member=member.name)
         data = self._shard(place)
-        name = f"{shard.path}, "
         return (
             lambda member: data[member.offset : member.offset + member.size],
-            lambda member: Picture(name + member.name, size=member.size, data=data[member.offset : member.offset + member.size]),
+            lambda member: Picture(shard.path, size=member.size, data=data[member.offset : member.offset + member.size], member=member.name),
         )
 
     def _shard(self, place: int) -> bytes:

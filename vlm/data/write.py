@@ -210,7 +210,7 @@ class _PictureFiles:
         """The path below the folder; the file is written where it is new."""
         data = _bytes(picture, where)
         digest = hashlib.sha256(data).hexdigest()[:32]
-        name = f"pictures/{self.split}/{digest[:2]}/{digest}{picture_suffix(data, f'{where}, {picture.path}')}"
+        name = f"pictures/{self.split}/{digest[:2]}/{digest}{picture_suffix(data, f'{where}, {picture.name}')}"
         if name not in self.known:
             self.known.add(name)
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def _write_tar(samples: Iterable[Sample], folder: Path, split: str, per_shard: i
             members = {"json": _json(FORMATS["tar"](sample, [])).encode("utf-8")}
             for place, picture in enumerate(sample.pictures):
                 data = _bytes(picture, sample.where)
-                members[f"{place}{picture_suffix(data, f'{sample.where}, {picture.path}')}"] = data
+                members[f"{place}{picture_suffix(data, f'{sample.where}, {picture.name}')}"] = data
             out.write(f"{number:08d}", members)
     return f"{split}-*.tar"
 
@@ -268,7 +268,7 @@ def _row(sample: Sample) -> dict[str, Any]:
     pictures = []
     for place, picture in enumerate(sample.pictures):
         data = _bytes(picture, sample.where)
-        pictures.append({"bytes": data, "path": f"{place}{picture_suffix(data, f'{sample.where}, {picture.path}')}"})
+        pictures.append({"bytes": data, "path": f"{place}{picture_suffix(data, f'{sample.where}, {picture.name}')}"})
     return FORMATS["parquet"](sample, pictures)
 
 
@@ -277,7 +277,7 @@ def _bytes(picture: Picture, where: str) -> bytes:
         return picture.read()
     except OSError as error:
         raise DataError(
-            f"{where}: the picture {picture.path} cannot be read", kind="missing picture", got=error.strerror or error, cure="put it there, or take the record out"
+            f"{where}: the picture {picture.name} cannot be read", kind="missing picture", got=error.strerror or error, cure="put it there, or take the record out"
         ) from error
 
 

@@ -34,7 +34,7 @@ def squared(image: Image.Image, data: Data) -> Image.Image:
     """
     edge = math.floor(data.size / data.crop)
     width, height = _scaled(image.size, edge, data.fit)
-    check_made(image, width, height)
+    check_made(image.size, width, height)
     return _centred(image.resize((width, height), Image.Resampling[data.interpolation.upper()]), data.size, data.fill)
 
 

@@ -72,6 +72,7 @@ class Trunk(SamVisionEncoder):
         """Normalised pixels (B, 3, S, S) -> outputs (B, H, W, D) of the last block and of the first global one."""
         hidden = self.patch_embed.projection(pixel_values).permute(0, 2, 3, 1)  # patch_embed itself refuses every size but the built one
         if self.pos_embed is not None:
+            check_grid(hidden, self.pos_embed)
             hidden = hidden + self.pos_embed
         first = hidden
         for index, layer in enumerate(self.layers):
@@ -79,6 +80,14 @@ class Trunk(SamVisionEncoder):
             if index == self.first_global:
                 first = hidden
         return hidden, first
+
+
+def check_grid(patches: Tensor, positions: Tensor) -> None:
+    """Both (?, H, W, D). Raises ConfigurationError: positions are never interpolated."""
+    (rows, columns), (high, wide) = patches.shape[1:3], positions.shape[1:3]
+    if (rows, columns) != (high, wide):
+        got, expected = f"{rows} x {columns} patches", f"{high} x {wide}"
+        raise ConfigurationError("the SAM tower has positions for one size of pictures", got=got, expected=expected, cure="set config.image_size")
 
 
 class SAMTower(nn.Module):

@@ -38,7 +38,7 @@ class Described:
         try:
             return self.config_class()(**dict(self.config or {}))
         except Exception as problem:  # transformers' strict configs raise several kinds
-            raise ConfigurationError(f"transformers does not accept the encoder's config: {problem}", cure="mend encoder.config") from problem
+            raise ConfigurationError(f"transformers does not accept the encoder's config: {' '.join(str(problem).split()).rstrip('.')}", cure="mend encoder.config") from problem
 
     def numbers(self) -> Mapping[str, Any]:
         """The architecture numbers, the class's defaults filled in; raises ConfigurationError."""
@@ -54,6 +54,8 @@ class TowerSpec(Described, FixedSizeSpec):
         numbers = self.numbers()
         for name, key in (("size", "image_size"), ("patch", "patch_size"), ("width", "hidden_size"), ("depth", "num_hidden_layers")):
             object.__setattr__(self, name, numbers[key])
+        if self.depth < 1:
+            raise ConfigurationError(f"encoder {self.use} needs at least one block", got=f"num_hidden_layers {self.depth}", expected="1 or more", cure="mend encoder.config")
 
 
 class TowerEncoder(Encoder):

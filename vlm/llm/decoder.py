@@ -48,8 +48,8 @@ def decoder_config(numbers: Mapping[str, Any]) -> Any:
         raise ConfigurationError("the decoder's config names no model_type", cure="write `model_type: llama` (or qwen2, gemma2, ...) into llm.config")
     try:
         return AutoConfig.for_model(kind, **numbers)
-    except (ValueError, TypeError, KeyError) as problem:
-        raise ConfigurationError(f"transformers does not accept the decoder's config ({kind}): {problem}", cure="mend llm.config") from problem
+    except Exception as problem:  # transformers' strict configs raise several kinds
+        raise ConfigurationError(f"transformers does not accept the decoder's config ({kind}): {' '.join(str(problem).split()).rstrip('.')}", cure="mend llm.config") from problem
 
 
 def build_decoder(config: Any) -> PreTrainedModel:

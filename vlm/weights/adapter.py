@@ -64,9 +64,14 @@ def read_settings(path: str) -> dict[str, Any]:
         )
     targets: Any = written.get("target_modules")
     by_name = isinstance(targets, list) and not any(written.get(name) for name in ("layers_to_transform", "exclude_modules"))
+    try:
+        rank, alpha = int(written["r"]), float(written["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as problem:
+        got = f"r {written.get('r')!r}, lora_alpha {written.get('lora_alpha')!r}"
+        raise CheckpointError(f"{file} is damaged", got=got, expected="two numbers", cure="fetch the adapter again") from problem
     return {
-        "rank": int(written["r"]),
-        "alpha": float(written["lora_alpha"]),
+        "rank": rank,
+        "alpha": alpha,
         "rslora": bool(written.get("use_rslora", False)),
         "targets": tuple(sorted(targets)) if by_name else tuple(sorted({_module(name) for name, _ in _adapter_tensors(folder) if ".lora_" in name})),
     }

@@ -1,7 +1,7 @@
 """An Arcana folder as its own program wrote it -> our parts: LLaVA-1.5 with a QLadder beside the tower and MM-LoRA in the decoder (systems/arcana.md)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from vlm.connectors.mlp import MLPSpec
 from vlm.connectors.qladder import QLadderSpec
 from vlm.encoders.base import FixedSizeSpec
 from vlm.encoders.clip import CLIPSpec
-from vlm.errors import CheckpointError
+from vlm.errors import CheckpointError, ConfigurationError
 from vlm.llm.mm_lora import MMLoRASpec
 from vlm.prompt import PromptSpec
 from vlm.weights.arcana_keys import LINEARS, SIDES, from_arcana, to_arcana
@@ -84,11 +84,16 @@ def _tower(folder: Path, config: Mapping[str, Any], inside: Mapping[str, Tensor]
 
 
 def _ladder(folder: Path, config: Mapping[str, Any], ours: Mapping[str, Tensor], depth: int) -> QLadderSpec:
-    shape = _shape(folder, ours, "connector.qladder.queries")
-    built = len({name.split(".")[3] for name in ours if name.startswith("connector.qladder.layers.")})
-    return QLadderSpec(
-        queries=shape[1], level=config["mm_vision_select_layer"], select=config.get(SELECT) or "same", official=True, all_layers=None if built == depth else False, then=MLPSpec()
-    )
+    queries, level, select = _shape(folder, ours, "connector.qladder.queries")[1], config["mm_vision_select_layer"], config.get(SELECT) or "same"
+    spec = QLadderSpec(queries=queries, level=level, select=select, official=True, then=MLPSpec())
+    try:
+        never_read = range(spec.used(depth), depth)
+    except ConfigurationError as problem:
+        cure = f'set mm_vision_select_layer, or "{SELECT}": "last" where its program is the archived one'
+        raise problem.changed(what=f"{folder / 'config.json'}: the ladder has no layer of this number", got=f"mm_vision_select_layer {level}", cure=cure) from problem
+    there = {name.split(".")[3] for name in ours if name.startswith("connector.qladder.layers.")}
+    kept = not never_read or any(str(index) in there for index in never_read)
+    return replace(spec, all_layers=None if kept else False)
 
 
 def _ranks(folder: Path, ours: Mapping[str, Tensor]) -> dict[str, int]:

@@ -102,7 +102,7 @@ def picture_rule(processor: "VLMProcessor", official: bool) -> "tuple[VLMProcess
         if official
         else "transformers' rule instead of the official program's: short sides are rounded, where they were cut off"
     )
-    return VLMProcessor(model, processor.width, processor.tokenizer, processor.prompt.spec, processor.policy, processor.official_pictures), changed
+    return VLMProcessor(model, processor.width, processor.tokenizer, processor.prompt.spec, processor.policy, processor.official_pictures, processor.tiling), changed
 
 
 def _pair(encoder: HybridSpec) -> list[Obstacle]:

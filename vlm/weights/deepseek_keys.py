@@ -9,7 +9,21 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["NATIVE", "from_official", "model_from_official", "model_to_official", "native_key", "native_name", "official_name", "sam_key", "to_official"]
+__all__ = [
+    "NATIVE",
+    "VISION",
+    "from_official",
+    "model_from_official",
+    "model_key",
+    "model_to_official",
+    "native_key",
+    "native_name",
+    "official_name",
+    "parts",
+    "sam_key",
+    "to_official",
+    "tower_key",
+]
 
 NECK = ("conv1", "layer_norm1", "conv2", "layer_norm2")
 SAM = (
@@ -34,6 +48,8 @@ VIT = (
 TOWERS = (("vision_tower_high.vision_tower.", "high.", SAM), ("vision_tower_low.vision_tower.", "low.tower.", VIT), ("vision_tower.", "tower.", VIT))
 UNUSED = re.compile(r"(vision_tower(_low\.vision_tower)?\.attn_pool|high_layer_norm|low_layer_norm)\.")
 """Stored by the official program and never read by it."""
+VISION = "vision_model."
+"""In front of the towers' names in a whole model."""
 NATIVE = (
     ("encoder.high.trunk.", "model.high_res_vision_model.vision_encoder."),
     ("encoder.high.neck_hd.", "model.high_res_vision_neck."),
@@ -53,17 +69,30 @@ NATIVE = (
 """Start of our names -> start of the names of `DeepseekVLHybridForConditionalGeneration` and, with one tower, of `DeepseekVLForConditionalGeneration`."""
 
 
+def parts(tensors: Iterable[tuple[str, Tensor]], dropped: list[str], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the program in our shapes, still by its names: of a SigLIP's qkv every third (`...attn.qkv.weight[q]`), its positions without their batch axis. Those that nothing reads go to `dropped`.
+
+    prefix: of the towers' names; what has another one is no tower's.
+    """
+    for name, tensor in tensors:
+        own = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        siglip = own.startswith(("vision_tower_low.vision_tower.", "vision_tower."))
+        if UNUSED.match(own):
+            dropped.append(name)
+        elif siglip and ".attn.qkv." in own:
+            yield from zip((f"{name}[{part}]" for part in "qkv"), torch.atleast_1d(tensor).tensor_split(3), strict=True)
+        else:
+            yield name, tensor.squeeze(0) if siglip and own.endswith(".pos_embed") else tensor
+
+
+def tower_key(name: str) -> str:
+    """Name in `parts` of a tower -> its name in the tower here; an unknown one stays as it is."""
+    return _renamed(re.sub(r"\.attn\.qkv\.(\w+)\[([qkv])\]$", r".attn.\2.\1", name), official=True)
+
+
 def from_official(tensors: Iterable[tuple[str, Tensor]], dropped: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a `HybridVisionTower` or a `CLIPVisionTower` -> by our names; those that nothing reads go to `dropped`, an unknown name stays as it is."""
-    for name, tensor in tensors:
-        if UNUSED.match(name):
-            dropped.append(name)
-        elif ".attn.qkv." in name and not name.startswith("vision_tower_high."):
-            for part, third in zip("qkv", tensor.chunk(3), strict=True):
-                yield _renamed(name.replace(".qkv.", f".{part}."), official=True), third
-        else:
-            ours = _renamed(name, official=True)
-            yield ours, tensor[0] if ours.endswith("position_embedding.weight") else tensor
+    return ((tower_key(name), tensor) for name, tensor in parts(tensors, dropped))
 
 
 def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,36 +108,34 @@ def to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def model_from_official(tensors: Iterable[tuple[str, Tensor]], connector: str, dropped: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a `MultiModalityCausalLM` -> by the names of a VLM with this connector. Names that nothing reads go to `dropped`, an unknown one stays as it is."""
-    for name, tensor in tensors:
-        if not name.startswith("vision_model."):
-            yield _part_key(name, connector), tensor
-            continue
-        unread: list[str] = []
-        for ours, part in from_official([(name.removeprefix("vision_model."), tensor)], unread):
-            yield f"{'encoder' if ours.startswith(('high.', 'low.', 'tower.')) else 'vision_model'}.{ours}", part
-        dropped += [f"vision_model.{one}" for one in unread]
-
-
-def _part_key(name: str, connector: str) -> str:
+def model_key(name: str, connector: str) -> str:
+    """Name in `parts` of a whole model -> its name in a VLM with this connector; an unknown one stays as it is, or is none there."""
+    if name.startswith(VISION):
+        ours = tower_key(name.removeprefix(VISION))
+        return f"encoder.{ours}" if ours.startswith(("high.", "low.", "tower.")) else name
     if name.startswith("aligner."):
         own = name.removeprefix("aligner.")
         return f"connector.{connector}." + (own.replace("layers.", "layers.0.") if connector == "linear" else own)
     return f"llm.{name.removeprefix('language_model.')}" if name.startswith("language_model.") else name
 
 
+def model_from_official(tensors: Iterable[tuple[str, Tensor]], connector: str, dropped: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a `MultiModalityCausalLM` -> by the names of a VLM with this connector. Names that nothing reads go to `dropped`, an unknown one stays as it is."""
+    return ((model_key(name, connector), tensor) for name, tensor in parts(tensors, dropped, VISION))
+
+
 def model_to_official(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The way back."""
     towers = to_official({name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")})
-    found = {f"vision_model.{name}": tensor for name, tensor in towers.items()}
+    found = {VISION + name: tensor for name, tensor in towers.items()}
     return found | {official_name(name): tensor for name, tensor in tensors.items() if not name.startswith("encoder.")}
 
 
 def official_name(name: str) -> str:
-    """One name of a VLM -> the official one; for a tower's q, k or v as if it were no part of a qkv."""
+    """One name of a VLM -> the official one; a tower's q, k and v as `parts` calls them."""
     if name.startswith("encoder."):
-        return f"vision_model.{_renamed(name.removeprefix('encoder.'), official=False)}"
+        own = _renamed(name.removeprefix("encoder."), official=False)
+        return VISION + re.sub(r"\.attn\.([qkv])\.(\w+)$", r".attn.qkv.\2[\1]", own)
     if name.startswith("connector.linear.layers.0."):
         return name.replace("connector.linear.layers.0.", "aligner.layers.")
     if name.startswith("connector."):

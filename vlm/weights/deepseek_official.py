@@ -12,7 +12,8 @@ from vlm.encoders.siglip import SigLIPSpec
 from vlm.errors import ConfigurationError
 from vlm.weights.deepseek import picture_rule
 from vlm.weights.deepseek_keys import model_to_official
-from vlm.weights.deepseek_read import CONFIG, INTERPOLATE, MIN_SIZE, program_parts
+from vlm.weights.deepseek_program import CONFIG, INTERPOLATE, program_parts
+from vlm.weights.deepseek_read import MIN_SIZE
 from vlm.weights.found import METADATA, numbers
 from vlm.weights.public import Obstacle, common_obstacles, generation_settings, own_tensors, public_tokenizer, sentences, single_connector, unadapted
 

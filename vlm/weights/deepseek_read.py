@@ -10,32 +10,21 @@ from torch import Tensor
 
 from vlm.connectors.base import ConnectorSpec
 from vlm.connectors.hybrid_mlp import HybridMLPSpec
-from vlm.connectors.identity import IdentitySpec
-from vlm.connectors.linear import LinearSpec
 from vlm.connectors.mlp import MLPSpec
 from vlm.encoders.base import EncoderSpec, Triple
 from vlm.encoders.hybrid import HybridSpec, SAMSpec
 from vlm.encoders.siglip import SigLIPSpec
+from vlm.encoders.tower import CLIP_MEAN, CLIP_STD
 from vlm.errors import CheckpointError, ConfigurationError, listed
+from vlm.images import mean_color
 from vlm.prompt import TEMPLATES, PromptSpec
-from vlm.weights.deepseek_keys import model_from_official, native_key, native_name, official_name
+from vlm.weights.deepseek_keys import VISION, model_key, native_key, native_name, official_name, parts
+from vlm.weights.deepseek_program import program_parts, section
 from vlm.weights.files import read_json, read_shapes, read_tensors
-from vlm.weights.found import Found, accepted, flat_text, image_processor, numbers, read_config, refuse, said
+from vlm.weights.found import Found, accepted, image_processor, numbers, read_config, refuse, said
 
-__all__ = ["CONFIG", "INTERPOLATE", "MIN_SIZE", "program_parts", "read"]
+__all__ = ["MIN_SIZE", "read"]
 
-CONFIG = {
-    "sam_b_downsample": {"width": 768, "layers": 12, "heads": 12, "global_attn_indexes": (2, 5, 8, 11), "downsample_channels": (512, 1024)},
-    "sam_vit_b": {"width": 768, "layers": 12, "heads": 12, "global_attn_indexes": (2, 5, 8, 11)},
-    "sam_vit_l": {"width": 1024, "layers": 24, "heads": 16, "global_attn_indexes": (5, 11, 17, 23)},
-    "sam_vit_h": {"width": 1280, "layers": 32, "heads": 16, "global_attn_indexes": (7, 15, 23, 31)},
-    "siglip_large_patch16_384": {"width": 1024, "layers": 24, "heads": 16, "patch_size": 16},
-    "siglip_so400m_patch14_384": {"width": 1152, "layers": 27, "heads": 16, "patch_size": 14, "mlp_ratio": 3.7362},
-    "siglip_so400m_patch14_224": {"width": 1152, "layers": 27, "heads": 16, "patch_size": 14, "mlp_ratio": 3.7362},
-}
-"""Towers that the official program knows by name; a configuration may bring others in its SAM_MODEL_CONFIG and SigLIP_MODEL_CONFIG."""
-INTERPOLATE = (96, 96)
-"""Rows and columns that the official program resizes SAM's map to."""
 MIN_SIZE = 14
 HALF = (0.5, 0.5, 0.5)
 HEAD = re.compile(r"model\.vision_model\.(vision_model\.)?head\.")
@@ -44,30 +33,33 @@ HEAD = re.compile(r"model\.vision_model\.(vision_model\.)?head\.")
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSeekFound(Found):
-    """official: spelt as by the official program, a qkv fused. Otherwise as by transformers."""
+    """official: spelt as by the official program. Otherwise as by transformers."""
 
     official: bool
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return self._ours(read_tensors(self.folder), [])
+        return self._used(read_tensors(self.folder), [])
 
-    def _ours(self, tensors: Iterable[tuple[str, Tensor]], dropped: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """By our names, without those that nothing reads; an unknown name stays as it is."""
+    def _used(self, tensors: Iterable[tuple[str, Tensor]], dropped: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Without those that nothing reads."""
         if self.official:
-            yield from model_from_official(tensors, self.connector.use, dropped)
+            yield from parts(tensors, dropped, VISION)
             return
         for name, tensor in tensors:
             if HEAD.match(name):
                 dropped.append(name)
             else:
-                yield native_key(name, isinstance(self.encoder, HybridSpec)), tensor
+                yield name, tensor
 
     def counted(self) -> "DeepSeekFound":
-        """With shapes by our names, and a note of what is left out."""
+        """With the shapes of what is read, and a note of what is left out."""
         dropped: list[str] = []
-        shapes = dict(self._ours(self.shapes.items(), dropped))
+        shapes = dict(self._used(self.shapes.items(), dropped))
         notes = (f"{len(dropped)} tensors that are never used were left out ({listed(sorted(dropped))})",) if dropped else ()
         return replace(self, shapes=shapes, notes=self.notes + notes)
+
+    def key(self, name: str) -> str:
+        return model_key(name, self.connector.use) if self.official else native_key(name, isinstance(self.encoder, HybridSpec))
 
     def spelt(self, name: str) -> str:
         return official_name(name) if self.official else native_name(name)
@@ -98,114 +90,40 @@ def _of_program(folder: Path, config: Mapping[str, Any]) -> DeepSeekFound:
     return DeepSeekFound(folder, read_shapes(folder), encoder, connector, text, "native", prompt=_prompt(folder), official=True)
 
 
-def program_parts(folder: Path, config: Mapping[str, Any]) -> tuple[EncoderSpec, ConnectorSpec, Any]:
-    """Encoder, connector and the decoder's config of a `multi_modality` configuration. Raises ConfigurationError, which names `folder`."""
-    vision, aligner = config["vision_config"], config["aligner_config"].get("params", {})
-    hybrid = vision.get("cls") == "HybridVisionTower"
-    params, out = vision.get("params", {}), aligner.get("n_embed")
-    text = flat_text("llama", config["language_config"])
-    kinds = ("low_high_hybrid_split_mlp_gelu",) if hybrid and params.get("concat_type", "tuple") == "tuple" else ("mlp_gelu", "linear", "identity")
-    kind = aligner.get("projector_type")
-    towers = [params.get("high_res_cfg", {}), params.get("low_res_cfg", {})] if hybrid else [params]
-    rows = [
-        (vision.get("cls") not in ("HybridVisionTower", "CLIPVisionTower"), "vision_config.cls", repr(vision.get("cls")), "HybridVisionTower or CLIPVisionTower"),
-        (kind not in kinds, "aligner_config.params.projector_type", repr(kind), " or ".join(kinds)),
-        (kind != "identity" and out != text.hidden_size, "aligner_config.params.n_embed", repr(out), f"the decoder's width, {text.hidden_size}"),
-        *((one.get("select_feature", "same") != "same", "select_feature", repr(one.get("select_feature")), "same") for one in towers),
-    ]
-    refuse(folder, rows)
-    depth = aligner.get("depth", 1)
-    connectors: dict[str, ConnectorSpec] = {
-        "identity": IdentitySpec(level="final"),
-        "linear": LinearSpec(level="final"),
-        "mlp_gelu": MLPSpec(depth=depth, level="final"),
-        "low_high_hybrid_split_mlp_gelu": HybridMLPSpec(depth=depth),
-    }
-    entries = {**CONFIG, **config.get("SAM_MODEL_CONFIG", {}), **config.get("SigLIP_MODEL_CONFIG", {})}
-    encoder: EncoderSpec
-    if hybrid:
-        interpolate = config.get("interpolate_size", INTERPOLATE)
-        high = _sam(folder, params["high_res_cfg"], entries, None if interpolate is None else tuple(interpolate))
-        encoder = HybridSpec(high=high, low=_siglip(folder, params["low_res_cfg"], entries), concat=params.get("concat_type", "tuple"))
-    else:
-        encoder = replace(_siglip(folder, params, entries), fit="letterbox", official=True)
-    return encoder, connectors[kind], text
+@dataclass(frozen=True, kw_only=True)
+class _Pictures:
+    """What `VLMImageProcessor` is built of, with the program's own defaults. image_mean is also the colour of the padding; null: medium grey."""
+
+    image_size: int | None = None
+    min_size: int = MIN_SIZE
+    image_mean: Triple | None = CLIP_MEAN
+    image_std: Triple | None = CLIP_STD
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
 
 
-def _entry(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any]) -> Mapping[str, Any]:
-    name = str(params.get("model_name"))
-    if name not in entries:
-        raise ConfigurationError(
-            f"{folder} cannot be imported: nothing says what tower {name!r} is", expected=f"one of {', '.join(entries)}", cure="import a checkpoint of these parts"
-        )
-    return entries[name]
-
-
-def _sam(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any], interpolate: tuple[int, int] | None) -> SAMSpec:
-    entry = _entry(folder, params, entries)
-    config = {
-        "hidden_size": entry["width"],
-        "num_hidden_layers": entry["layers"],
-        "num_attention_heads": entry["heads"],
-        "mlp_dim": int(entry["width"] * entry.get("mlp_ratio", 4)),
-        "image_size": params.get("image_size", 1024),
-        "patch_size": entry.get("patch_size", 16),
-        "output_channels": entry.get("prompt_embed_dim", 256),
-        "window_size": 14,
-        "global_attn_indexes": list(entry["global_attn_indexes"]),
-    }
-    return SAMSpec(config=config, downsample_channels=tuple(entry.get("downsample_channels", ())), interpolate=interpolate, **_statistics(params))
-
-
-def _siglip(folder: Path, params: Mapping[str, Any], entries: Mapping[str, Any]) -> SigLIPSpec:
-    entry = _entry(folder, params, entries)
-    layers, select = entry["layers"], params.get("select_layer", -1)
-    config = {
-        "hidden_size": entry["width"],
-        "intermediate_size": int(entry["width"] * entry.get("mlp_ratio", 4)),
-        "num_hidden_layers": min(layers, layers + select + 1 if select <= 0 else select),
-        "num_attention_heads": entry["heads"],
-        "image_size": params.get("image_size", 384),
-        "patch_size": entry["patch_size"],
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "vision_use_head": False,
-    }
-    return SigLIPSpec(config=config, **_statistics(params))
-
-
-def _statistics(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A tower normalises only where both are given."""
-    mean, std = params.get("pixel_mean"), params.get("pixel_std")
-    return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)} if mean is None or std is None else {"mean": _triple(mean), "std": _triple(std)}
-
-
-def _triple(values: Iterable[float]) -> Triple:
-    red, green, blue = map(float, values)
-    return red, green, blue
-
-
-def _official_pictures(folder: Path, encoder: EncoderSpec) -> EncoderSpec:
+def _official_pictures(folder: Path, encoder: Any) -> EncoderSpec:
     """Normalisation lies in the towers, or (one tower) in the image processor; the padding has the mean's colour in either case."""
     written = image_processor(folder)
     if written is None:
         return encoder
-    plain = isinstance(encoder, SigLIPSpec) and encoder.std == (1.0, 1.0, 1.0)
-    if plain and written.get("do_normalize", True):
-        encoder = replace(encoder, mean=_triple(written.get("image_mean", HALF)), std=_triple(written.get("image_std", HALF)))
-    if isinstance(encoder, HybridSpec):
-        encoder = replace(encoder, min_size=written.get("min_size", MIN_SIZE))
-    mean, size = getattr(encoder, "mean", HALF), getattr(encoder, "size", None)
+    told = section(folder, "its image processor", written, _Pictures)
+    mean, std = told.image_mean, told.image_std
+    pair = isinstance(encoder, HybridSpec)
+    plain = not pair and encoder.std == (1.0, 1.0, 1.0)
     rows = [
-        (not plain and bool(written.get("do_normalize", True)), "do_normalize", "false beside towers that normalise"),
-        (plain and not written.get("do_normalize", True), "do_normalize", "true beside a tower that does not normalise"),
-        (_triple(written.get("image_mean") or mean) != mean, "image_mean", f"the tower's {mean}"),
-        (written.get("image_size", size) != size, "image_size", f"the tower's {size}"),
-        (written.get("min_size", MIN_SIZE) != getattr(encoder, "min_size", MIN_SIZE), "min_size", f"{MIN_SIZE} of a single tower"),
-        (abs(written.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9, "rescale_factor", "1 / 255"),
+        (told.do_normalize and not plain, "do_normalize", told.do_normalize, "false beside towers that normalise"),
+        (plain and not told.do_normalize, "do_normalize", told.do_normalize, "true beside a tower that does not normalise"),
+        (plain and None in (mean, std), "image_mean or image_std", None, "three numbers, by which do_normalize goes"),
+        (not plain and mean_color(mean or HALF) != mean_color(encoder.mean), "image_mean", mean, f"the tower's {encoder.mean}, in whose colour pictures are padded"),
+        (told.image_size not in (None, encoder.size), "image_size", told.image_size, f"the tower's {encoder.size}"),
+        (not pair and told.min_size != MIN_SIZE, "min_size", told.min_size, f"{MIN_SIZE} of a single tower"),
+        (abs(told.rescale_factor - 1 / 255) > 1e-9, "rescale_factor", told.rescale_factor, "1 / 255"),
     ]
-    refuse(folder, said(written, rows), "its image processor's ")
-    return encoder
+    refuse(folder, rows, "its image processor's ")
+    if plain:
+        return replace(encoder, mean=mean, std=std)
+    return replace(encoder, min_size=told.min_size) if pair else encoder
 
 
 def _prompt(folder: Path) -> PromptSpec:
@@ -242,6 +160,11 @@ def _of_transformers(folder: Path, config: Mapping[str, Any]) -> DeepSeekFound:
         encoder = HybridSpec(high=high, low=low, rounding="round", resample=resample, min_size=written.get("min_size", MIN_SIZE))
         connector = HybridMLPSpec()
     return DeepSeekFound(folder, read_shapes(folder), encoder, connector, text, "native", image_id=theirs.image_token_id, prompt=PromptSpec(use="deepseek_vl"), official=False)
+
+
+def _triple(values: Iterable[float]) -> Triple:
+    red, green, blue = map(float, values)
+    return red, green, blue
 
 
 def _native_statistics(written: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm.errors import CheckpointError, ConfigurationError, NumericsError
-from vlm.folders import partial_of, replace_folder, taken
+from vlm.folders import check_place, partial_of, replace_folder, taken
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,6 +110,7 @@ def export_run(source_folder: str | Path, out: str | Path | None = None, to: str
     if to not in families():
         raise ConfigurationError(f"no export is called {to!r}", expected=f"one of {', '.join([*families(), 'peft'])}")
     out = Path(out) if out is not None else Path(source_folder) / f"export-{to}"
+    check_place(out.parent)
     if taken(out) and not (out / REPORT).is_file():
         raise ConfigurationError(f"{out} holds something else than an export", cure="give a folder that is new, empty or an earlier export")
     family = families()[to]

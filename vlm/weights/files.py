@@ -37,12 +37,17 @@ def find_folder(path: str) -> Path:
         raise CheckpointError(f"no weights at {path!r}", got="neither a folder nor a cached hub snapshot", cure="download the repository first, and give its folder") from problem
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A file of a folder. Raises CheckpointError."""
+def read_json(file: Path, cure: str = "fetch it again") -> dict[str, Any]:
+    """The object in a file of a folder. cure: of one that is damaged. Raises CheckpointError."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as problem:
-        raise CheckpointError(f"{file} is damaged: {problem}", cure="fetch it again") from problem
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise CheckpointError(f"{file} cannot be read: {problem.strerror}", cure=cure) from problem
+    except ValueError as problem:
+        raise CheckpointError(f"{file} is damaged: {problem}", cure=cure) from problem
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} is damaged", got=type(found).__name__, expected="a JSON object", cure=cure)
+    return found
 
 
 # ---- a folder ------------------------------------------------------------------------------------------------------------
@@ -95,7 +100,7 @@ def _sharded(folder: Path, index: str, values: bool) -> Iterator[tuple[str, Tens
             raise CheckpointError(f"{index} in {folder} names a file outside of its folder", got=shard, expected="a file name", cure=_AGAIN)
         if not (folder / shard).is_file():
             raise CheckpointError(f"shard {shard} named by {index} is not in {folder}", cure=_AGAIN)
-    stray = [file.name for file in _shards(folder) if file.suffix == Path(named[0]).suffix and file.name not in named] if named else []
+    stray = [file.name for file in _shards(folder) if file.suffix == Path(named[0]).suffix and file.name not in named]
     if stray and values:
         warnings.warn(f"{', '.join(stray)} in {folder}: {index} does not name it, so it is not read (a shard of another save?)", stacklevel=4)
     for shard in named:
@@ -103,12 +108,9 @@ def _sharded(folder: Path, index: str, values: bool) -> Iterator[tuple[str, Tens
 
 
 def _weight_map(file: Path) -> dict[str, str]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        if isinstance(found, dict) and all(isinstance(shard, str) for shard in found.values()):
-            return found
-    except (ValueError, KeyError, TypeError) as problem:
-        raise CheckpointError(f"{file} is damaged: {problem!r}", expected="JSON with a weight_map", cure=_AGAIN) from problem
+    found = read_json(file).get("weight_map")
+    if found and isinstance(found, dict) and all(isinstance(shard, str) for shard in found.values()):
+        return found
     raise CheckpointError(f"{file} has no weight_map of tensor names to file names", cure=_AGAIN)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlm.config import LLMSpec, ModelSpec
 from vlm.configuration import VLMConfig
-from vlm.errors import CheckpointError, ConfigurationError, VLMError
+from vlm.errors import CheckpointError, ConfigurationError, VLMError, listed
 from vlm.folders import free, new_folder
 from vlm.generate import prepare
 from vlm.loading import build, read_generation, tables
@@ -119,6 +119,11 @@ def read_model(found: "Found", image_token_id: int, vocabulary: int = 0) -> "tup
         notes.append(f"the vocabulary of {rows:,} rows got {text.vocab_size - rows} more, for the picture token and the tokenizer")
     if found.image_id not in (None, image_token_id):
         notes.append(f"pictures stand at token {image_token_id}, in the source at {found.image_id}; its embedding is never read")
+    if small := [name for name, tensor in found.shapes.items() if tensor.dtype.itemsize < 2 and not DERIVED.search(name)]:
+        got = f"{len(small)} tensors of {found.shapes[small[0]].dtype} and the like ({listed(small)})".replace("torch.", "")
+        raise CheckpointError(
+            f"{found.folder} is quantised, and only whole weights are read", got=got, expected="16 or 32 bits", cure="import the checkpoint that it was made from"
+        )
     dtypes = {tensor.dtype for name, tensor in found.shapes.items() if tensor.is_floating_point() and not DERIVED.search(name)}
     dtype = reduce(torch.promote_types, dtypes)
     if len(dtypes) > 1:

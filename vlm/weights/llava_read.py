@@ -189,6 +189,14 @@ def _pictures(folder: Path, encoder: FixedSizeSpec) -> tuple[FixedSizeSpec, str]
     written = image_processor(folder)
     if written is None:
         return encoder, "native"
+    try:
+        return _as_written(folder, encoder, written)
+    except (AttributeError, TypeError, ValueError) as problem:
+        got = ", ".join(f"{key} {written[key]!r}" for key in ("size", "crop_size", "rescale_factor", "image_mean", "image_std") if key in written)
+        raise CheckpointError(f"the settings of the image processor of {folder} have another form than transformers writes", got=got, cure="fetch them again") from problem
+
+
+def _as_written(folder: Path, encoder: FixedSizeSpec, written: Mapping[str, Any]) -> tuple[FixedSizeSpec, str]:
     clip = "Siglip" not in str(written.get("image_processor_type", written.get("feature_extractor_type", "CLIP")))
     size, crop = written.get("size", encoder.size), written.get("crop_size", encoder.size)
     sides = {key: size if isinstance(size, int) else size.get(key) for key in ("shortest_edge", "height", "width")}
