@@ -9,10 +9,6 @@ from torch import Tensor, nn
 
 from tests.golden.case import Case, Fields
 from vlm.connectors.base import ConnectorSpec, Link
-from vlm.connectors.hybrid_mlp import HybridMLPSpec
-from vlm.connectors.identity import IdentitySpec
-from vlm.connectors.linear import LinearSpec
-from vlm.connectors.mlp import MLPSpec
 from vlm.encoders.base import FixedSizeSpec
 from vlm.encoders.hybrid import HybridEncoder, HybridSpec, SAMSpec, normalised, unit
 from vlm.encoders.siglip import SigLIPSpec
@@ -20,6 +16,7 @@ from vlm.features import Features, ImageInput, Stream, TokenLayout
 from vlm.images import mean_color, open_picture
 from vlm.letterbox import fit_square, inner_size
 from vlm.weights.deepseek_keys import from_official, to_official
+from vlm.weights.deepseek_program import projector
 from vlm.weights.strict import load_tensors
 
 __all__ = ["IDLE", "aligner", "connector_spec", "hybrid", "hybrid_spec", "ignored", "pixels", "sam", "siglip", "siglip_spec"]
@@ -182,17 +179,7 @@ def aligner(case: Case) -> dict[str, Any]:
 
 def connector_spec(config: Fields) -> ConnectorSpec:
     """The connector of an aligner's configuration."""
-    depth = config.get("depth", 1)
-    match config["projector_type"]:
-        case "identity":
-            return IdentitySpec(level="final")
-        case "linear":
-            return LinearSpec(level="final")
-        case "mlp_gelu":
-            return MLPSpec(depth=depth, level="final")
-        case "low_high_hybrid_split_mlp_gelu":
-            return HybridMLPSpec(depth=depth)
-    raise AssertionError(f"not implemented: {config['projector_type']}")
+    return projector(config["projector_type"], config.get("depth", 1))
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------------

@@ -15,13 +15,11 @@ from vlm.encoders.hybrid import HybridSpec, SAMSpec
 from vlm.encoders.siglip import SigLIPSpec
 from vlm.errors import CheckpointError, ConfigurationError
 from vlm.schema import Report, Slot, build
-from vlm.weights.found import flat_text, refuse
+from vlm.weights.found import Row, flat_text, refuse
 
-__all__ = ["CONFIG", "INTERPOLATE", "program_parts", "section"]
+__all__ = ["CONFIG", "INTERPOLATE", "program_parts", "projector", "section"]
 
 Concat = Literal["tuple", "feature", "sequence", "add"]
-Row = tuple[bool, str, Any, Any]
-"""See `refuse`."""
 T = TypeVar("T")
 N = TypeVar("N", bound="_Numbers")
 
@@ -144,6 +142,20 @@ def section(folder: Path, whose: str, content: Mapping[str, Any], kind: type[T],
     if report.problems:
         raise CheckpointError(f"{folder} cannot be imported, {whose} is wrong: {'; '.join(report.problems)}", cure="fetch it again")
     return built
+
+
+def projector(kind: str, depth: int) -> ConnectorSpec:
+    """What an `MlpProjector` of this type is here. Raises ConfigurationError for a type that it has not."""
+    match kind:
+        case "identity":
+            return IdentitySpec(level="final")
+        case "linear":
+            return LinearSpec(level="final")
+        case "mlp_gelu":
+            return MLPSpec(depth=depth, level="final")
+        case "low_high_hybrid_split_mlp_gelu":
+            return HybridMLPSpec(depth=depth)
+    raise ConfigurationError(f"DeepSeek-VL has no projector {kind!r}")
 
 
 # ---- our parts -------------------------------------------------------------------------------------------------------------
@@ -297,12 +309,4 @@ class _Program:
         return SigLIPSpec(config=config, **self.low.params.statistics)
 
     def connector(self) -> ConnectorSpec:
-        depth = self.aligner.depth
-        match self.aligner.projector_type:
-            case "identity":
-                return IdentitySpec(level="final")
-            case "linear":
-                return LinearSpec(level="final")
-            case "mlp_gelu":
-                return MLPSpec(depth=depth, level="final")
-        return HybridMLPSpec(depth=depth)
+        return projector(self.aligner.projector_type, self.aligner.depth)

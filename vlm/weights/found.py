@@ -15,10 +15,14 @@ from vlm.llm.decoder import decoder_config
 from vlm.prompt import PromptSpec
 from vlm.weights.files import read_json, read_tensors
 
-__all__ = ["Found", "accepted", "flat_text", "image_processor", "numbers", "read_config", "refuse", "said"]
+__all__ = ["Found", "Row", "accepted", "flat_text", "image_processor", "numbers", "read_config", "refuse", "said"]
 
 METADATA = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map"}
 """What a config.json says of files and programs, not of the model."""
+
+
+Row = tuple[bool, str, Any, Any]
+"""Whether something keeps a folder from being imported, its key, what it is, what would work."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def image_processor(folder: Path) -> Mapping[str, Any] | None:
 # ---- refusals ------------------------------------------------------------------------------------------------------------
 
 
-def refuse(folder: Path, rows: Iterable[tuple[bool, str, Any, Any]], whose: str = "") -> None:
+def refuse(folder: Path, rows: Iterable[Row], whose: str = "") -> None:
     """Raises ConfigurationError with everything that ours cannot express, if there is any.
 
     Args:
@@ -113,6 +117,6 @@ def refuse(folder: Path, rows: Iterable[tuple[bool, str, Any, Any]], whose: str 
         raise ConfigurationError(f"{folder} cannot be imported: {'; '.join(problems)}", cure="import a checkpoint of these parts")
 
 
-def said(settings: Mapping[str, Any], rows: Iterable[tuple[bool, str, str]]) -> list[tuple[bool, str, Any, Any]]:
+def said(settings: Mapping[str, Any], rows: Iterable[tuple[bool, str, str]]) -> list[Row]:
     """Rows for `refuse` of those without what the key is, which the settings say."""
     return [(bad, key, repr(settings.get(key)), expected) for bad, key, expected in rows]
